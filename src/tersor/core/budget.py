@@ -1,0 +1,22 @@
+"""What may be lost, and what is wanted for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tersor.core.config import Config
+
+
+class Budget(Config):
+    """The largest acceptable drop of the metric, and how sure one must be of it.
+
+    `max_drop` is in units of the metric (0.01 = one point of accuracy). None compresses without a
+    certificate. `minimise` names what the fastest or smallest model is judged by: a result that is not better
+    in it than the uncompressed model in the same runtime is reported as such, never as a success.
+    """
+
+    max_drop: float | None = Field(default=0.01, ge=0)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    minimise: Literal["latency", "size"] = "latency"

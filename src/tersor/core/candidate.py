@@ -1,0 +1,92 @@
+"""What flows through a recipe: the module plus everything declarative done to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.core.quantization import QuantPlan
+from tersor.core.report import StepRecord
+from tersor.errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A compressed model in the making. Steps return a new one; none changes the one it got.
+
+    Attributes:
+        module: The float model, a copy of the caller's.
+        masks: Parameter path -> boolean keep-mask of the parameter's shape; the masked entries are zero.
+        plan: What quantization decided, as data.
+        simulation: The quantized model as PyTorch runs it (fake quantization), from which runtimes lower.
+        history: What each step did.
+    """
+
+    module: nn.Module
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    plan: QuantPlan | None = None
+    simulation: nn.Module | None = None
+    history: tuple[StepRecord, ...] = ()
+
+    @property
+    def runnable(self) -> nn.Module:
+        """What behaves like the deployed model: the quantized simulation, else the module."""
+        return self.simulation if self.simulation is not None else self.module
+
+    @property
+    def precision(self) -> str:
+        """`float32` or the widths of the plan, as in `int8`."""
+        if self.plan is None:
+            return "float32"
+        widths = sorted({tensor.scheme.bits for tensor in self.plan.tensors if tensor.role == "weight"})
+        return "+".join(f"int{bits}" for bits in widths)
+
+    def for_weights(self) -> Candidate:
+        """A copy whose module a step may change.
+
+        After quantization the copy starts from the rounded weights and drops the plan: whatever changes weights
+        makes the plan stale, so the recipe must quantize again.
+        """
+        module = copy.deepcopy(self.module)
+        if self.plan is not None:
+            with torch.no_grad():
+                for path, quant in self.plan.weights.items():
+                    weight = module.get_parameter(path)
+                    shape = [-1 if axis == quant.scheme.axis else 1 for axis in range(weight.ndim)]
+                    scale = torch.tensor(quant.scale).reshape(shape)
+                    codes = (weight / scale).round().clamp(quant.scheme.qmin, quant.scheme.qmax)
+                    weight.copy_(codes * scale)
+        return replace(self, module=module, plan=None, simulation=None)
+
+    def record(self, name: str, settings: Mapping[str, Any], seconds: float, notes: list[str]) -> Candidate:
+        """The same candidate with one more entry in its history."""
+        entry = StepRecord(name=name, settings=dict(settings), seconds=seconds, notes=notes)
+        return replace(self, history=(*self.history, entry))
+
+
+def apply_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Zeroes the masked entries of `module`'s parameters, in place."""
+    with torch.no_grad():
+        for path, mask in masks.items():
+            module.get_parameter(path).mul_(mask)
+
+
+def check_finite_weights(module: nn.Module) -> None:
+    """Raises `NonFiniteError` naming the first parameter or buffer that holds NaN or Inf."""
+    for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(
+                f"{path!r} must be finite, but {bad} of {tensor.numel()} values are NaN or Inf; "
+                "the model was damaged before it came here: load a good checkpoint"
+            )
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode that needs no gradients."""
+    return copy.deepcopy(module).eval().requires_grad_(False)

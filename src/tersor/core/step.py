@@ -1,0 +1,33 @@
+"""A step: one method, from candidate to candidate."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+from tersor.core.candidate import Candidate
+from tersor.core.config import Config
+from tersor.core.context import Context
+
+Kind = Literal["prune", "recover", "quantize"]
+
+
+class Step(Config):
+    """One compression step with its settings.
+
+    A subclass sets `name` (as recipes write it), `kind` (decides the legal order), `needs` (the splits that it
+    reads) and, for quantization, `precision` (which the target runtime must be able to run).
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def precision(self) -> str | None:
+        """Number format that the target must support, None for any."""
+        return None
+
+    @abstractmethod
+    def apply(self, candidate: Candidate, context: Context) -> Candidate:
+        """Returns a new candidate; `candidate` and its tensors stay as they are."""

@@ -1,0 +1,28 @@
+"""Where the model will run."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tersor.core.config import Config
+
+
+class Target(Config):
+    """A runtime on a device: ``Target("onnxruntime", threads=2, batch=1)``.
+
+    `runtime` is a name from `tersor.runtimes.RUNTIMES`: ``eager``, ``inductor``, ``onnxruntime`` or
+    ``openvino``. `dynamic` declares further dimensions that vary, beside the batch: for each input's name the
+    dimension and its label, as in ``{"input_ids": {1: "tokens"}}``.
+    """
+
+    runtime: str = "onnxruntime"
+    device: Literal["cpu"] = "cpu"
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
+    batch: int = Field(default=1, ge=1)
+    dynamic: dict[str, dict[int, str]] = Field(default_factory=dict)
+
+    def __init__(self, runtime: str = "onnxruntime", **fields: Any) -> None:
+        super().__init__(runtime=runtime, **fields)
