@@ -40,11 +40,8 @@ class Candidate:
 
     @property
     def precision(self) -> str:
-        """`float32` or the widths of the plan, as in `int8`."""
-        if self.plan is None:
-            return "float32"
-        widths = sorted({tensor.scheme.bits for tensor in self.plan.tensors if tensor.role == "weight"})
-        return "+".join(f"int{bits}" for bits in widths)
+        """`float32`, or the integer type that holds the weights."""
+        return "float32" if self.plan is None else "int8"
 
     def for_weights(self) -> Candidate:
         """A copy whose module a step may change.

@@ -16,6 +16,10 @@ class Target(Config):
     `runtime` is a name from `tersor.runtimes.RUNTIMES`: ``eager``, ``inductor``, ``onnxruntime`` or
     ``openvino``. `dynamic` declares further dimensions that vary, beside the batch: for each input's name the
     dimension and its label, as in ``{"input_ids": {1: "tokens"}}``.
+
+    `reduce_range` keeps int8 weights to 7 bits. x86 processors without VNNI need that: their int8 kernels
+    overflow otherwise and answer differently. None decides by this machine; set it to True for an artifact
+    that must run anywhere.
     """
 
     runtime: str = "onnxruntime"
@@ -23,6 +27,7 @@ class Target(Config):
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
     batch: int = Field(default=1, ge=1)
     dynamic: dict[str, dict[int, str]] = Field(default_factory=dict)
+    reduce_range: bool | None = None
 
     def __init__(self, runtime: str = "onnxruntime", **fields: Any) -> None:
         super().__init__(runtime=runtime, **fields)

@@ -1,1 +1,20 @@
+"""What tersor knows about operators, one file per family.
 
+`COMPUTE` says which operands of an operator can be computed in low precision; `TRANSPARENT` operators hand
+values on unchanged, so input and output share one scale; `SHARED` ones do the same for several inputs;
+`ACTIVATIONS` are fused into the operator before them, so nothing is quantized in between.
+"""
+
+from tersor.graph.rules.base import ComputeRule
+from tersor.graph.rules.elementwise import ACTIVATIONS
+from tersor.graph.rules.elementwise import COMPUTE as _ELEMENTWISE
+from tersor.graph.rules.linear import COMPUTE as _LINEAR
+from tersor.graph.rules.pooling import COMPUTE as _POOLING
+from tersor.graph.rules.pooling import TRANSPARENT as _POOLING_TRANSPARENT
+from tersor.graph.rules.shape import SHARED
+from tersor.graph.rules.shape import TRANSPARENT as _SHAPE_TRANSPARENT
+
+COMPUTE = {**_LINEAR, **_ELEMENTWISE, **_POOLING}
+TRANSPARENT = _POOLING_TRANSPARENT | _SHAPE_TRANSPARENT
+
+__all__ = ["ACTIVATIONS", "COMPUTE", "SHARED", "TRANSPARENT", "ComputeRule"]

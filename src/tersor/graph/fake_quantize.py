@@ -1,0 +1,77 @@
+"""Fake quantization: rounds a tensor to an integer grid and returns it as float, with straight-through gradients.
+
+Shapes: `K` channels, 1 for a whole tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tersor.core.quantization import QuantScheme
+
+SMALLEST_SCALE = 1e-9  # a scale of zero would silently erase a channel
+
+
+class FakeQuantize(nn.Module):
+    """``scale · (clamp(round(x / scale) + zero_point, qmin, qmax) − zero_point)``, Jacob et al. 2018.
+
+    While `enabled` is False it is the identity. See https://arxiv.org/abs/1712.05877.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scheme: QuantScheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.enabled = False
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Sets scale and zero point so that `[low, high]` (each `[K]`) and zero are representable, and enables.
+
+        Symmetric schemes take the larger magnitude over `qmax`, so that zero has code 0 exactly.
+        """
+        scheme = self.scheme
+        low, high = low.detach().float().clamp(max=0).cpu(), high.detach().float().clamp(min=0).cpu()
+        if scheme.symmetric:
+            scale = torch.maximum(-low, high) / scheme.qmax
+            zero_point = torch.zeros_like(scale)
+        else:
+            scale = (high - low) / (scheme.qmax - scheme.qmin)
+            scale = scale.clamp(min=SMALLEST_SCALE)
+            zero_point = (scheme.qmin - low / scale).round().clamp(scheme.qmin, scheme.qmax)
+        self.scale = scale.clamp(min=SMALLEST_SCALE).reshape(-1)
+        self.zero_point = zero_point.to(torch.int32).reshape(-1)
+        self.enabled = True
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Rounds `values` of any shape to the grid."""
+        if not self.enabled:
+            return values
+        scheme = self.scheme
+        if scheme.axis is None:
+            return torch.fake_quantize_per_tensor_affine(
+                values, self.scale, self.zero_point, scheme.qmin, scheme.qmax
+            )
+        return torch.fake_quantize_per_channel_affine(
+            values, self.scale, self.zero_point, scheme.axis, scheme.qmin, scheme.qmax
+        )
+
+    def codes(self, values: Tensor) -> Tensor:
+        """The integer codes of `values`, as int8 or uint8."""
+        shape = [-1 if axis == self.scheme.axis else 1 for axis in range(values.ndim)]
+        scale, zero_point = self.scale.reshape(shape), self.zero_point.reshape(shape)
+        codes = (values.detach() / scale).round() + zero_point
+        return codes.clamp(self.scheme.qmin, self.scheme.qmax).to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the codes."""
+        return torch.int8 if self.scheme.signed else torch.uint8
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return f"bits={self.scheme.bits}, channels={len(self.scale)}, enabled={self.enabled}"

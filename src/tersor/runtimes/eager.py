@@ -1,0 +1,89 @@
+"""PyTorch itself: eager, or compiled with Inductor. Artifacts are safetensors; loading needs the user's class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from tersor.core.batch import Batch, select_output
+from tersor.core.candidate import Candidate
+from tersor.core.signature import Signature
+from tersor.core.target import Target
+from tersor.errors import ArtifactError, UnsupportedError
+from tersor.runtimes.base import Array, Build, Runtime, Session
+
+FILE = "model.safetensors"
+
+
+class TorchSession(Session):
+    """A module in evaluation mode with the caller's thread count."""
+
+    def __init__(self, module: nn.Module, signature: Signature, target: Target) -> None:
+        super().__init__(signature)
+        self.module = module.eval()
+        self.threads = target.threads
+
+    def run(self, inputs: dict[str, Array]) -> Array:
+        """Runs the module without gradients."""
+        torch.set_num_threads(self.threads)
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        with torch.inference_mode():
+            output = self.module(**tensors) if self.signature.by_name else self.module(*tensors.values())
+        result: Array = select_output(output, self.signature.select).numpy()
+        return result
+
+
+class Eager(Runtime):
+    """Writes `model.safetensors`; tied weights are stored once."""
+
+    name: ClassVar[str] = "eager"
+    package: ClassVar[str] = "torch"
+    needs_code: ClassVar[bool] = True
+
+    def export(
+        self, candidate: Candidate, example: Batch, directory: Path, *, signature: Signature, target: Target
+    ) -> list[Path]:
+        """Writes the weights."""
+        if candidate.plan is not None:
+            raise UnsupportedError(f"runtime {self.name!r} has no integer kernels here; use onnxruntime or openvino")
+        path = directory / FILE
+        save_model(candidate.module, str(path))
+        return [path]
+
+    def load(
+        self, directory: Path, *, signature: Signature, target: Target, model: Build | None = None
+    ) -> TorchSession:
+        """Builds the module with `model()` and fills in the weights."""
+        if model is None:
+            raise ArtifactError(
+                f"a {self.name!r} artifact holds weights only; give the class: tersor.load(directory, model=build), "
+                "where build() returns the untrained module"
+            )
+        module = model()
+        try:
+            load_model(module, str(directory / FILE))
+        except (RuntimeError, ValueError) as error:
+            raise ArtifactError(
+                f"the weights in {directory / FILE} do not fit the module that model() returned: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+        return TorchSession(self.prepare(module.eval()), signature, target)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """What is done to a module before it runs."""
+        return module
+
+
+class Inductor(Eager):
+    """`torch.compile`: the same artifact, compiled when it is loaded (needs a C++ compiler)."""
+
+    name: ClassVar[str] = "inductor"
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Compiles at the first call of each new shape."""
+        compiled: Any = torch.compile(module)
+        return cast("nn.Module", compiled)

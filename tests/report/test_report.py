@@ -1,0 +1,494 @@
+"""The page, the card and the table: complete, escaped, repeatable, and fit for the odd report."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from tersor.core.certificate import Certificate
+from tersor.core.report import (
+    Changes,
+    ClassChange,
+    Coverage,
+    Environment,
+    Latency,
+    Layer,
+    ModelFacts,
+    Ratios,
+    Report,
+    StepRecord,
+)
+from tersor.report import render_card, render_html, render_table, units, wording
+
+HOSTILE = (
+    "</svg><script>alert(1)</script> $\\frac$ {{7*7}} {% raw %} \"'><img src=x onerror=a> [x](javascript:a)"
+)
+SMALL_CERTIFICATE = {"max_drop": 0.01, "confidence": 0.95, "drop": 0.002, "n": 5000, "exact": True}
+
+
+def a_latency(median: float, spread: float = 0.04, rounds: int = 12) -> Latency:
+    """Skewed call times around `median`, as a real machine gives them."""
+    shares = [(index + 0.5) / 201 for index in range(201)]
+    times = [
+        median * (1 + spread * math.log(share / (1 - share)) / 2 + spread * share**12) for share in shares
+    ]
+    drift = [1 + 0.25 * spread * math.sin(1.3 * number) + 0.02 * (number == 7) for number in range(rounds)]
+    return Latency(
+        median=median,
+        p95=times[190],
+        iqr=times[150] - times[50],
+        n=20 * rounds,
+        best=times[0],
+        rounds=[
+            median * factor * (1 + 0.006 * math.sin(median + 2.1 * number))
+            for number, factor in enumerate(drift)
+        ],
+        histogram=times,
+    )
+
+
+def some_layers(count: int) -> list[Layer]:
+    """A convolutional network with growing widths."""
+    layers = []
+    for number in range(count):
+        width = 64 << (4 * number // max(count, 1))
+        weights = width * width * 9
+        layers.append(
+            Layer(
+                name=f"layer{1 + 4 * number // count}.{number}.conv{1 + number % 2}",
+                kind="Conv2d" if number < count - 1 else "Linear",
+                parameters=weights,
+                nonzero_parameters=int(weights * (1 - 0.4 * (number % 5) / 5)),
+                macs=115_605_504 // (1 + number % 7),
+                precision="int8" if number % 9 else "float32",
+                weight_error=None if number % 9 == 0 else 0.004 + 0.0007 * (number % 6),
+            )
+        )
+    return layers
+
+
+def some_classes(count: int) -> list[ClassChange]:
+    """Classes that mostly lose a little."""
+    names = [
+        "cat",
+        "dog",
+        "automobile",
+        "airplane",
+        "very long name of a striped animal",
+        "ship",
+        "猫の写真です",
+    ]
+    return [
+        ClassChange(
+            name=names[number] if number < len(names) else f"class {number}",
+            n=500,
+            before=0.95 - 0.03 * (number % 8),
+            after=0.95 - 0.03 * (number % 8) - 0.008 * ((number * 5) % 9 - 3),
+        )
+        for number in range(count)
+    ]
+
+
+def a_certificate(**changed: object) -> Certificate:
+    """A certificate that keeps its budget, unless `changed`."""
+    fields: dict[str, object] = {
+        "upper_bound": 0.0062, "method": "exact-paired", "certified": True, "losses": 31, "gains": 21,
+        "split_fingerprint": "9f86d081884c7d659a2feaa0c55ad015", **SMALL_CERTIFICATE,
+    }  # fmt: skip
+    return Certificate(**(fields | changed))
+
+
+def facts(runtime: str, precision: str, size: int, median: float | None, metric: float | None) -> ModelFacts:
+    """Measurements of one model."""
+    return ModelFacts(
+        metric=metric,
+        metric_name="top1",
+        size_bytes=size,
+        parameters=11_689_512,
+        nonzero_parameters=11_689_512 if precision == "float32" else 8_310_404,
+        macs=1_814_073_344 if precision == "float32" else 1_003_520_000,
+        latency_ms=None if median is None else a_latency(median),
+        runtime=runtime,
+        precision=precision,
+        peak_memory_bytes=None if median is None else 3 * size + 60_000_000,
+        throughput=None if median is None else 1000 / median,
+    )
+
+
+def a_report(**changed: object) -> Report:
+    """A realistic run: a residual network, pruned and quantized for onnxruntime."""
+    fields: dict[str, object] = {
+        "name": "resnet18-cifar10",
+        "verdict": "certified",
+        "warnings": ["2 batch norms could not be folded and stay as they are."],
+        "baseline": facts("eager", "float32", 44_731_112, 21.3, 0.9362),
+        "runtime_baseline": facts("onnxruntime", "float32", 44_683_221, 6.21, 0.9362),
+        "deployed": facts("onnxruntime", "int8", 11_468_800, 2.96, 0.9342),
+        "ratios": Ratios(size=3.9, latency=7.2, latency_same_runtime=2.1, macs=1.81),
+        "certificate": a_certificate(),
+        "changes": Changes(
+            n=10_000, flips=143, right_to_wrong=72, wrong_to_right=52, per_class=some_classes(10),
+            calibration_error_before=0.0312, calibration_error_after=0.0347,
+        ),
+        "coverage": Coverage(
+            parameters_quantized=0.998, macs_quantized=0.934, parameters_pruned=0.289,
+            float_operators=["Softmax (1)", "GlobalAveragePool (1)"],
+        ),
+        "layers": some_layers(60),
+        "size_breakdown": {"model.onnx": 11_420_112, "labels.json": 48_688},
+        "environment": Environment(
+            machine="x86_64", cpu="Intel Xeon Platinum 8481C", cpu_flags=["avx2", "avx512_vnni", "amx_int8"],
+            cores=2, threads=2, system="Linux 6.8", python="3.11.9", date="2026-07-01T12:00:00Z", seed=0,
+            versions={"torch": "2.11.0", "onnxruntime": "1.22.0", "tersor": "0.1.0"},
+        ),
+        "recipe": {"steps": [{"step": "prune", "amount": 0.3}, {"step": "quantize", "bits": 8}]},
+        "target": {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch": 1, "dynamic": {}},
+        "budget": {"max_drop": 0.01, "confidence": 0.95, "minimise": "latency"},
+        "history": [
+            StepRecord(name="prune", settings={"amount": 0.3, "criterion": "taylor"}, seconds=62.4,
+                       notes=["removed 1,344 of 4,800 channels"]),
+            StepRecord(name="finetune", settings={"epochs": 3, "lr": 0.01}, seconds=912.0),
+            StepRecord(name="quantize", settings={"bits": 8, "observer": "histogram"}, seconds=8.31,
+                       notes=["58 of 60 layers", "kept conv1 and fc in float"]),
+        ],
+    }  # fmt: skip
+    return Report(**(fields | changed))
+
+
+def bare_report(**changed: object) -> Report:
+    """A report in which everything optional is absent."""
+    model = facts("eager", "float32", 400, None, None)
+    return a_report(
+        verdict="no certificate", warnings=[], baseline=model, runtime_baseline=model, deployed=model,
+        ratios=Ratios(size=1.0, latency=None, latency_same_runtime=None, macs=1.0),
+        certificate=None, changes=None, layers=[], size_breakdown={}, history=[], recipe={}, target={},
+        budget={}, coverage=Coverage(parameters_quantized=0.0, macs_quantized=0.0, parameters_pruned=0.0),
+        **changed,
+    )  # fmt: skip
+
+
+def hostile_report() -> Report:
+    """Every string that comes from outside carries an attack."""
+    model = facts("onnxruntime", HOSTILE, 400, 1.0, 0.5).model_copy(update={"metric_name": HOSTILE})
+    classes = [ClassChange(name=HOSTILE, n=3, before=1.0, after=0.0)]
+    return a_report(
+        name=HOSTILE, warnings=[HOSTILE, "\x1b[31mred\x1b[0m \u202egnp.exe"],
+        runtime_baseline=model.model_copy(update={"runtime": HOSTILE}), deployed=model,
+        changes=Changes(n=3, flips=1, per_class=classes),
+        coverage=Coverage(parameters_quantized=1.0, macs_quantized=1.0, parameters_pruned=0.0,
+                          float_operators=[HOSTILE]),
+        layers=[Layer(name=HOSTILE, kind=HOSTILE, parameters=1, nonzero_parameters=1, macs=1,
+                      precision=HOSTILE)],
+        size_breakdown={HOSTILE: 1}, recipe={HOSTILE: HOSTILE}, target={HOSTILE: HOSTILE, "batch": HOSTILE},
+        budget={HOSTILE: [HOSTILE]},
+        history=[StepRecord(name=HOSTILE, settings={HOSTILE: HOSTILE}, seconds=1.0, notes=[HOSTILE])],
+        environment=a_report().environment.model_copy(
+            update={"cpu": HOSTILE, "system": HOSTILE, "versions": {HOSTILE: HOSTILE}, "cpu_flags": [HOSTILE]}
+        ),
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes, identifiers and text, and checks that tags are balanced."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+def terminal(report: Report, width: int = 110) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(render_table(report))
+    return console.file.getvalue()
+
+
+def test_page_says_the_result_in_one_sentence() -> None:
+    page = Page(render_html(a_report()))
+    assert page.open == []
+    assert (
+        "3.9× smaller, 7.2× faster than PyTorch eager, 2.1× faster than the uncompressed model on the same "
+        "runtime (onnxruntime, 2 threads, batch 1); with 95 % confidence at most 0.62 points of top1 lost."
+    ) in page.words
+    for part in ("21.3 ms → 2.96 ms", "44.7 MB → 11.5 MB", "143", "3.1 % → 3.5 %", "Softmax (1)", "15 min"):
+        assert part in page.words
+
+
+def test_page_is_offline_and_small() -> None:
+    html = render_html(a_report())
+    page = Page(html)
+    assert len(html.encode()) < 300_000
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in dict(
+        page.attributes
+    ).values() or ("Content-Security-Policy" in html)
+    assert not {"script", "link", "img", "iframe", "object", "form", "base"} & set(page.tags)
+    assert not re.findall(r"https?://(?!www\.w3\.org)", html)
+    targets = [value for name, value in page.attributes if name in {"href", "src", "xlink:href"}]
+    identifiers = [value for name, value in page.attributes if name == "id"]
+    assert len(identifiers) == len(set(identifiers))
+    assert all(target and target.startswith("#") and target[1:] in identifiers for target in targets)
+
+
+def test_same_report_gives_the_same_bytes() -> None:
+    assert render_html(a_report()) == render_html(a_report())
+
+
+def test_user_configuration_of_matplotlib_changes_nothing() -> None:
+    import matplotlib
+
+    expected = render_html(a_report())
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):
+        assert render_html(a_report()) == expected
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_hostile_strings_stay_text_in_the_page() -> None:
+    harmless, page = Page(render_html(a_report())), Page(render_html(hostile_report()))
+    assert page.open == []
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert set(page.tags) <= set(harmless.tags) | {"details", "summary"}
+    assert "{{7*7}}" in page.text
+    assert "$\\frac$" in page.text
+    assert not {"\x1b", "\u202e"} & set(render_html(hostile_report()))
+
+
+def test_hostile_strings_stay_text_in_figures() -> None:
+    short = ["<script>a</script>", "$\\frac$", "{{7*7}}", "a\nb\x00c", "中文 \u202e"]
+    classes = [ClassChange(name=name, n=3, before=0.5, after=0.25) for name in short]
+    html = render_html(a_report(changes=Changes(n=3, flips=1, per_class=classes)))
+    labels = re.findall(r"<text [^>]*>([^<]*)</text>", html)
+    for name in ("&lt;script&gt;a&lt;/script&gt;", "$\\frac$", "{{7*7}}", "a b\ufffdc", "中文 \ufffd"):
+        assert name in labels
+
+
+def test_bare_report_renders_everywhere() -> None:
+    report = bare_report()
+    page = Page(render_html(report))
+    assert "No layers were recorded." in page.words
+    assert "speed not measured" in page.words
+    assert "None" not in page.words
+    assert "svg" not in page.tags
+    assert "No certificate" in terminal(report)
+    assert "None" not in render_card(report, files={})
+
+
+def test_many_layers_and_classes_collapse() -> None:
+    changes = Changes(n=50_000, flips=900, per_class=some_classes(1000))
+    page = Page(render_html(a_report(layers=some_layers(1000), changes=changes)))
+    assert page.tags.count("details") == 2
+    assert "Show all 1,000 layers" in page.words
+    assert "The 20 classes that lost most, of 1,000." in page.words
+    short = Page(render_html(a_report(layers=some_layers(5))))
+    assert short.tags.count("details") == 1
+
+
+def test_extreme_numbers_render() -> None:
+    certificate = a_certificate(drop=0.0, upper_bound=math.inf, certified=False, max_drop=0.0, n=1)
+    deployed = facts("onnxruntime", "int8", 0, 1e-9, math.nan)
+    layer = Layer(
+        name="x" * 500, kind="", parameters=0, nonzero_parameters=0, macs=0, precision="", weight_error=1e-12
+    )
+    report = a_report(
+        name="y" * 500, verdict="not certified", certificate=certificate, deployed=deployed, layers=[layer],
+        ratios=Ratios(size=math.inf, latency=1e-7, latency_same_runtime=math.nan, macs=0.0),
+    )  # fmt: skip
+    page = Page(render_html(report))
+    assert "the loss could not be bounded" in page.words
+    assert not re.search(r"\b(nan|inf)\b", page.words)
+    terminal(report)
+    render_card(report, files={})
+
+
+def test_not_certified_and_repeated_questions_are_plain() -> None:
+    certificate = a_certificate(
+        upper_bound=0.0134, certified=False, times_asked=3, examples_needed=12_400, exact=False,
+        method="paired-bootstrap",
+    )  # fmt: skip
+    report = a_report(verdict="not certified", certificate=certificate)
+    words = Page(render_html(report)).words
+    for text in (words, " ".join(terminal(report).split())):
+        assert "Not certified (approximate)" in text
+        assert "asked 3 times" in text
+        assert "about 12,400 certify examples" in text
+        assert "with about 95 % confidence at most 1.34 points of top1 lost" in text
+
+
+def test_slower_is_called_slower() -> None:
+    ratios = Ratios(size=0.5, latency=1.001, latency_same_runtime=0.8, macs=1.0)
+    sentence = wording.headline(a_report(ratios=ratios))
+    assert sentence.startswith(
+        "2.0× larger, as fast as PyTorch eager, 1.2× slower than the uncompressed model"
+    )
+
+
+def test_noisy_measurements_are_named() -> None:
+    noisy = a_report().deployed.model_copy(update={"latency_ms": a_latency(3.0, spread=0.3)})
+    assert "Noisy: deployed varied" in Page(render_html(a_report(deployed=noisy))).words
+    assert "Noisy" not in Page(render_html(a_report())).words
+
+
+def test_other_metrics_keep_their_units() -> None:
+    model = a_report().deployed.model_copy(update={"metric_name": "mIoU", "metric": 0.71234})
+    report = a_report(deployed=model)
+    assert wording.headline(report).endswith("at most 0.00620 mIoU lost.")
+    agreement = report.model_copy(update={"certificate": a_certificate(measures="agreement")})
+    assert wording.headline(agreement).endswith("at most 0.62 points of agreement lost.")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0062, "0.62"),
+        (0.00621, "0.63"),
+        (0.0100000001, "1.01"),
+        (1e-6, "0.000100"),
+        (0.0, "0.00"),
+        (-0.002, "−0.20"),
+    ],
+)
+def test_bounds_are_rounded_towards_more_loss(value: float, text: str) -> None:
+    assert units.difference(value, "top1", upwards=True) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (units.byte_count(999), "999 B"),
+        (units.byte_count(999_950), "1.00 MB"),
+        (units.count(11_689_512), "11.7 M"),
+        (units.milliseconds(0.000001), "1×10⁻⁶ ms"),
+        (units.milliseconds(1234.5), "1,230 ms"),
+        (units.percent(0.99999), "> 99.99 %"),
+        (units.percent(0.00001), "< 0.01 %"),
+        (units.seconds(7500), "2 h 5 min"),
+        (units.one_line("a\tb\n c" * 9, 6), "a b c…"),
+        (units.significant(None), "—"),
+    ],
+)
+def test_units(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_card_is_complete() -> None:
+    card = render_card(
+        a_report(),
+        files={"model.onnx": "ab" * 32, "report.json": "cd" * 32},
+        inputs={"image": "float32 [batch, 3, 32, 32]"},
+        outputs={"logits": "float32 [batch, 10]"},
+        preprocessing={"mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]},
+        labels=["cat", "dog"],
+        limits=["Not for medical use."],
+    )
+    for part in (
+        "# resnet18-cifar10\n", "| size on disk | 11.5 MB | 44.7 MB | 44.7 MB |", "n = 10,000",
+        "5,000 examples",
+        "tersor.load(", "InferenceSession(\"model.onnx\"", "\"image\": ...,  # float32 [batch, 3, 32, 32]",
+        "ab" * 32,
+        "- logits:", "- mean:", "cat, dog", "Not for medical use.", "at most 0.62 points of top1 lost",
+    ):  # fmt: skip
+        assert part in card
+
+
+def test_card_code_is_valid_python() -> None:
+    report = a_report()
+    names = {"image'\n": HOSTILE, "```": "```\nimport os"}
+    for runtime, file in (("onnxruntime", "model.onnx"), ("openvino", "model.xml")):
+        deployed = report.deployed.model_copy(update={"runtime": runtime})
+        for inputs in (names, None):
+            card = render_card(a_report(deployed=deployed), files={file: "00"}, inputs=inputs)
+            blocks = [token.content for token in MarkdownIt().parse(card) if token.type == "fence"]
+            assert len(blocks) == 2
+            assert f"import {runtime}" in blocks[1]
+            for block in blocks:
+                compile(block, "card", "exec")
+
+
+def test_hostile_strings_stay_text_in_the_card() -> None:
+    hostile = {
+        HOSTILE: HOSTILE,
+        "1. a | b `c` ![x](y) www.x.example https://x.example <b>": "- # *z* _z_ &lt; | \\",
+    }
+    card = render_card(
+        hostile_report(), files={HOSTILE: HOSTILE}, inputs=hostile, outputs=hostile, preprocessing=hostile,
+        labels=[HOSTILE], limits=[HOSTILE, "---", "1. x", "+ y"],
+    )  # fmt: skip
+    markdown = MarkdownIt("gfm-like", {"linkify": False})
+    tokens = markdown.parse(card)
+    inline = [child for token in tokens for child in token.children or []]
+    assert {child.type for child in inline} <= {
+        "text",
+        "softbreak",
+        "strong_open",
+        "strong_close",
+        "text_special",
+    }
+    assert not [token for token in tokens if token.type == "html_block"]
+    shown = "".join(child.content for child in inline)
+    assert HOSTILE in shown.replace("\n", " ")
+    rows = [len(re.findall(r"(?<!\\)\|", line)) for line in card.splitlines() if line.startswith("| ")]
+    assert set(rows) == {3, 5}
+
+
+def test_table_shows_numbers_and_verdict() -> None:
+    for width in (80, 140):
+        text = terminal(a_report(), width)
+        for part in ("93.42 %", "44.7 MB", "21.3 ms", "7.2×", "2.1×", "✓ Certified"):
+            assert part in text
+    assert "at most 0.62 points of top1 lost; the budget is 1.00 (5,000 examples" in " ".join(text.split())
+
+
+def test_table_takes_hostile_strings_literally() -> None:
+    report = hostile_report().model_copy(update={"name": "[red]x[/red] \x1b[2J"})
+    text = terminal(report)
+    assert "[red]x[/red]" in text
+    assert "\x1b" not in text
+
+
+def test_report_imports_neither_torch_nor_pyplot() -> None:
+    code = (
+        "import sys, tersor.report\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "from tersor.report import svg\n"
+        "with svg.drawing('x'):\n"
+        "    figure, axes = svg.blank_axes(9, left=1, right=1, top=1, bottom=1)\n"
+        "    svg.to_svg(figure, 'x')\n"
+        "print([name for name in ('torch', 'matplotlib.pyplot') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    assert done.stdout.strip() == "[]"
