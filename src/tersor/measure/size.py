@@ -1,0 +1,97 @@
+"""Counts parameters, multiply-accumulates and bytes.
+
+Shapes: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tersor.core.batch import Batch
+from tersor.core.quantization import QuantPlan
+from tersor.core.report import Layer
+
+
+def file_bytes(files: Iterable[Path]) -> dict[str, int]:
+    """Bytes on disk by file name."""
+    return {path.name: path.stat().st_size for path in files}
+
+
+def parameter_counts(module: nn.Module) -> tuple[int, int]:
+    """All parameters and the non-zero ones; tied ones count once."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(int(torch.count_nonzero(p)) for p in parameters)
+
+
+def mac_counts(module: nn.Module, batch: Batch) -> dict[str, int]:
+    """Dense multiply-accumulates of one call, by module path; `""` is the whole model.
+
+    Counts convolutions, matrix products and attention, by PyTorch's own counter (two operations each).
+    """
+    was_training = module.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        batch.call(module.eval())
+    module.train(was_training)
+    root = type(module).__name__
+    result = {"": counter.get_total_flops() // 2}
+    for path, operators in counter.get_flop_counts().items():
+        if path.startswith(f"{root}."):
+            result[path.removeprefix(f"{root}.")] = sum(operators.values()) // 2
+    return result
+
+
+def layer_table(
+    original: nn.Module, deployed: nn.Module, plan: QuantPlan | None, macs: Mapping[str, int]
+) -> list[Layer]:
+    """One row per module that holds parameters of its own, in the order of the model."""
+    quantized = plan.weights if plan is not None else {}
+    rows = []
+    for path, module in deployed.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        errors = [
+            weight_error(original, deployed, f"{path}.{name}".lstrip("."), plan)
+            for name, parameter in own.items()
+            if parameter.ndim >= 2
+        ]
+        int8 = any(f"{path}.{name}".lstrip(".") in quantized for name in own)
+        rows.append(
+            Layer(
+                name=path or "(model)",
+                kind=type(module).__name__,
+                parameters=sum(parameter.numel() for parameter in own.values()),
+                nonzero_parameters=sum(int(torch.count_nonzero(parameter)) for parameter in own.values()),
+                macs=macs.get(path, 0),
+                precision="int8" if int8 else "float32",
+                weight_error=max((error for error in errors if error is not None), default=None),
+            )
+        )
+    return rows
+
+
+def weight_error(original: nn.Module, deployed: nn.Module, path: str, plan: QuantPlan | None) -> float | None:
+    """``‖W' − W‖ / ‖W‖`` of the deployed weight against the original's; None if their shapes differ."""
+    try:
+        before = original.get_parameter(path).detach().double()
+    except AttributeError:
+        return None
+    after = deployed.get_parameter(path).detach().double()
+    if before.shape != after.shape:
+        return None
+    if plan is not None and path in plan.weights:
+        after = _rounded(after, plan, path)
+    norm = float(before.norm())
+    return float((after - before).norm()) / norm if norm > 0 else 0.0
+
+
+def _rounded(weight: Tensor, plan: QuantPlan, path: str) -> Tensor:
+    quant = plan.weights[path]
+    shape = [-1 if axis == quant.scheme.axis else 1 for axis in range(weight.ndim)]
+    scale = torch.tensor(quant.scale, dtype=torch.float64).reshape(shape)
+    return (weight / scale).round().clamp(quant.scheme.qmin, quant.scheme.qmax) * scale
