@@ -13,10 +13,11 @@ class Budget(Config):
     """The largest acceptable drop of the metric, and how sure one must be of it.
 
     `max_drop` is in units of the metric (0.01 = one point of accuracy). None compresses without a
-    certificate. `minimise` names what the fastest or smallest model is judged by: a result that is not better
+    certificate. `rounds` interleaved rounds of latency measurement are run. `minimise` names what the fastest or smallest model is judged by: a result that is not better
     in it than the uncompressed model in the same runtime is reported as such, never as a success.
     """
 
     max_drop: float | None = Field(default=0.01, ge=0)
     confidence: float = Field(default=0.95, gt=0, lt=1)
     minimise: Literal["latency", "size"] = "latency"
+    rounds: int = Field(default=12, ge=1)

@@ -54,10 +54,7 @@ class Candidate:
             with torch.no_grad():
                 for path, quant in self.plan.weights.items():
                     weight = module.get_parameter(path)
-                    shape = [-1 if axis == quant.scheme.axis else 1 for axis in range(weight.ndim)]
-                    scale = torch.tensor(quant.scale).reshape(shape)
-                    codes = (weight / scale).round().clamp(quant.scheme.qmin, quant.scheme.qmax)
-                    weight.copy_(codes * scale)
+                    weight.copy_(quant.rounded(weight))
         return replace(self, module=module, plan=None, simulation=None)
 
     def record(self, name: str, settings: Mapping[str, Any], seconds: float, notes: list[str]) -> Candidate:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from tersor.core.config import Config
 
@@ -41,6 +43,14 @@ class TensorQuant(Config):
     scale: list[float]
     zero_point: list[int]
     module: str = Field(default="", description="path of the module that computes with it")
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """`values` moved to the nearest points of the grid."""
+        shape = [-1 if axis == self.scheme.axis else 1 for axis in range(values.ndim)]
+        scale = torch.tensor(self.scale, dtype=values.dtype).reshape(shape)
+        zero_point = torch.tensor(self.zero_point).reshape(shape)
+        codes = ((values / scale).round() + zero_point).clamp(self.scheme.qmin, self.scheme.qmax)
+        return (codes - zero_point) * scale
 
 
 class QuantPlan(Config):

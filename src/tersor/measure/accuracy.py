@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class Evaluation:
         labels: Labels `[N, …]`, the original's outputs for metrics against it, or None.
         predictions: Predicted class `[N]` where the output is `[N, C]` with C > 1, else None.
         confidences: Probability of the predicted class `[N]`, likewise.
-        outputs: All outputs `[N, …]` if they were asked for.
     """
 
     value: float
@@ -36,7 +35,6 @@ class Evaluation:
     labels: Tensor | None
     predictions: Tensor | None
     confidences: Tensor | None
-    outputs: Tensor | None
 
 
 def evaluate(
@@ -46,8 +44,7 @@ def evaluate(
     *,
     batch_size: int,
     select: str | int | None = None,
-    against: Tensor | None = None,
-    keep_outputs: bool = False,
+    against: Tensor | Literal["itself"] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluates a module or session.
@@ -58,20 +55,22 @@ def evaluate(
         metric: What to compute.
         batch_size: Use the deployed one for deployed models: some answer differently in other batches.
         select: Which output counts.
-        against: The original's outputs `[N, …]`, for metrics that compare with it.
-        keep_outputs: Whether to keep all outputs.
+        against: For metrics that compare with the original: its outputs `[N, …]`, or `itself` when this is it.
         progress: `(examples done, examples in all)`.
 
     Raises:
         NonFiniteError: naming split and batch, if an output is NaN or Inf.
     """
-    statistics, labels, predictions, confidences, kept = [], [], [], [], []
+    statistics, labels, predictions, confidences = [], [], [], []
     done = 0
     with torch.no_grad():
         for index, batch in enumerate(split.batches(batch_size)):
             output = torch.as_tensor(select_output(batch.call(predict), select))
             _check_finite(output, split, index)
-            expected = batch.labels if against is None else against[done : done + len(batch)]
+            if against is None:
+                expected = batch.labels
+            else:
+                expected = output if isinstance(against, str) else against[done : done + len(batch)]
             statistics.append(metric.statistic(output, expected))
             if expected is not None:
                 labels.append(expected)
@@ -79,8 +78,6 @@ def evaluate(
                 confidence, prediction = output.float().softmax(1).max(1)
                 predictions.append(prediction)
                 confidences.append(confidence)
-            if keep_outputs:
-                kept.append(output)
             done += len(batch)
             if progress is not None:
                 progress(done, len(split))
@@ -91,7 +88,6 @@ def evaluate(
         labels=all_labels,
         predictions=_joined(predictions),
         confidences=_joined(confidences),
-        outputs=_joined(kept),
     )
 
 

@@ -1,7 +1,4 @@
-"""Counts parameters, multiply-accumulates and bytes.
-
-Shapes: none.
-"""
+"""Counts parameters, multiply-accumulates and bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tersor.core.batch import Batch
@@ -85,13 +82,6 @@ def weight_error(original: nn.Module, deployed: nn.Module, path: str, plan: Quan
     if before.shape != after.shape:
         return None
     if plan is not None and path in plan.weights:
-        after = _rounded(after, plan, path)
+        after = plan.weights[path].rounded(after)
     norm = float(before.norm())
     return float((after - before).norm()) / norm if norm > 0 else 0.0
-
-
-def _rounded(weight: Tensor, plan: QuantPlan, path: str) -> Tensor:
-    quant = plan.weights[path]
-    shape = [-1 if axis == quant.scheme.axis else 1 for axis in range(weight.ndim)]
-    scale = torch.tensor(quant.scale, dtype=torch.float64).reshape(shape)
-    return (weight / scale).round().clamp(quant.scheme.qmin, quant.scheme.qmax) * scale

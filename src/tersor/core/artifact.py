@@ -1,0 +1,114 @@
+"""The artifact: a directory whose manifest says what every file is. Reading it executes no code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from tersor.core.config import Config
+from tersor.core.files import sha256
+from tersor.core.signature import Signature
+from tersor.core.target import Target
+from tersor.errors import ConfigError, IntegrityError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class FileEntry(Config):
+    """One file of the artifact."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(Config):
+    """What an artifact is: enough to check it, load it and feed it."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    target: Target
+    signature: Signature
+    precision: str
+    class_names: list[str]
+    preprocessing: str
+    recipe: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    cpu_flags: list[str]
+    weight_bits: int | None = Field(
+        default=None, description="width of integer weights; 7 where int8 kernels might overflow"
+    )
+    files: dict[str, FileEntry]
+
+    def write(self, directory: Path) -> None:
+        """Writes `manifest.json`, sealed with the hash of its own content."""
+        content = self.model_dump(mode="json")
+        sealed = {**content, "digest": _digest(content)}
+        (directory / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n")
+
+
+def describe_files(directory: Path) -> dict[str, FileEntry]:
+    """An entry for every file in `directory`, by its path relative to it."""
+    return {
+        path.relative_to(directory).as_posix(): FileEntry(sha256=sha256(path), size_bytes=path.stat().st_size)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks the manifest alone.
+
+    Raises:
+        IntegrityError: if it is missing, truncated, changed, or of a newer schema.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise IntegrityError(f"{directory} is not an artifact: it has no {MANIFEST}")
+    try:
+        content = json.loads(path.read_text())
+        digest = content.pop("digest")
+        version = content["schema_version"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise IntegrityError(f"{path} is truncated or no manifest ({type(error).__name__}: {error})") from None
+    if version > SCHEMA_VERSION:
+        raise IntegrityError(
+            f"{path} has schema version {version}, this tersor reads up to {SCHEMA_VERSION}: upgrade tersor"
+        )
+    if _digest(content) != digest:
+        raise IntegrityError(f"{path} was changed after it was written: its digest does not match its content")
+    try:
+        return Manifest.model_validate_json(json.dumps(content))
+    except (ValidationError, ConfigError) as error:
+        raise IntegrityError(f"{path} is not a valid manifest: {error}") from None
+
+
+def verify(directory: Path) -> Manifest:
+    """Checks every file of an artifact against the manifest.
+
+    Raises:
+        IntegrityError: naming the first file that is missing, truncated or changed, or that lies outside.
+    """
+    manifest = read_manifest(directory)
+    for name, entry in manifest.files.items():
+        relative = PurePosixPath(name)
+        path = directory / name
+        if relative.is_absolute() or ".." in relative.parts or "\\" in name or path.is_symlink():
+            raise IntegrityError(f"{directory}: the manifest names {name!r}, which lies outside the artifact")
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing; the artifact is incomplete: copy it again")
+        size = path.stat().st_size
+        if size != entry.size_bytes:
+            raise IntegrityError(f"{path} has {size} bytes, expected {entry.size_bytes}: truncated or changed")
+        if sha256(path) != entry.sha256:
+            raise IntegrityError(f"{path} was changed: its SHA-256 does not match the manifest")
+    return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

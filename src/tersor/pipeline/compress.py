@@ -1,0 +1,177 @@
+"""`compress`: from a trained model and a budget to a deployed, measured, certified artifact."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from tersor.core.artifact import Manifest, describe_files, verify
+from tersor.core.budget import Budget
+from tersor.core.candidate import Candidate
+from tersor.core.context import Context, Progress
+from tersor.core.files import whole_directory
+from tersor.core.machine import cpu_flags, versions
+from tersor.core.recipe import Recipe
+from tersor.core.report import Report
+from tersor.core.signature import Signature
+from tersor.core.target import Target
+from tersor.core.task import Task
+from tersor.pipeline.assemble import assemble
+from tersor.pipeline.measuring import certificate_for, export, measure_facts
+from tersor.pipeline.plan import Plan, make_plan
+from tersor.pipeline.progress import shown
+from tersor.pipeline.run_directory import RunDirectory
+from tersor.report import render_card, render_html
+from tersor.runtimes.parity import check_parity
+
+logger = logging.getLogger("tersor")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` hands back.
+
+    Attributes:
+        artifact: The directory to deploy.
+        report: All numbers.
+        model: The compressed model in PyTorch; for quantized ones the simulation of the deployed arithmetic.
+    """
+
+    artifact: Path
+    report: Report
+    model: nn.Module
+
+    @property
+    def certified(self) -> bool:
+        """Whether the budget is proven to hold."""
+        return self.report.certificate is not None and self.report.certificate.certified
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    *,
+    out: str | Path,
+    budget: Budget | None = None,
+    target: Target | None = None,
+    recipe: str | Path | Recipe = "auto",
+    seed: int = 0,
+) -> Result:
+    """Compresses `model` under a budget, deploys it, measures it and certifies what it cost.
+
+    `model` stays as it is. Calling again with the same arguments resumes after a crash, or returns the finished
+    result; other arguments on the same directory are refused. A budget that is not met is no error: the result
+    is returned with `certified` False and the report says so.
+
+    ::
+
+        result = tersor.compress(model, task, out="runs/my-model",
+                                 budget=tersor.Budget(max_drop=0.01),
+                                 target=tersor.Target("openvino", threads=2))
+
+    Args:
+        model: A trained module.
+        task: Data and metric.
+        out: The run directory; the artifact is `out/artifact`, the certify ledger stands beside `out`.
+        budget: What may be lost; by default one point at 95 %.
+        target: Where it will run; by default ONNX Runtime on all cores.
+        recipe: `auto`, a preset's name, a YAML path or a `Recipe`.
+        seed: Fixes every random choice: the same seed gives the same bits on the same machine.
+
+    Raises:
+        TersorError: see `tersor.errors`; whatever is wrong is said before work begins where that is possible.
+    """
+    plan = make_plan(
+        model, task, budget=budget or Budget(), target=target or Target(), recipe=recipe, seed=seed
+    )
+    run = RunDirectory(Path(out), plan.fingerprint())
+    run.claim()
+    with shown() as progress:
+        candidate = run_recipe(plan, run, progress)
+        if not run.artifact.exists():
+            deploy(plan, run, candidate, progress)
+    verify(run.artifact)
+    report = Report.model_validate_json((run.artifact / "report.json").read_text())
+    return Result(run.artifact, report, candidate.runnable)
+
+
+def run_recipe(plan: Plan, run: RunDirectory, progress: Progress) -> Candidate:
+    """Applies the steps, taking finished ones from the run directory."""
+    context = Context(plan.task, plan.target, plan.original, plan.seed, progress)
+    candidate = Candidate(copy.deepcopy(plan.original))
+    for position, step in enumerate(plan.recipe.steps, start=1):
+        finished = run.load_stage(position, candidate)
+        if finished is not None:
+            candidate = finished
+            continue
+        logger.info("step %d of %d: %s", position, len(plan.recipe.steps), step.name)
+        candidate = step.apply(candidate, context)
+        if candidate.plan is None:
+            run.save_stage(position, candidate)
+    return candidate
+
+
+def deploy(plan: Plan, run: RunDirectory, candidate: Candidate, progress: Progress) -> None:
+    """Exports, checks, measures, certifies and writes the artifact, all or nothing."""
+    with _scratch() as scratch, whole_directory(run.artifact) as directory:
+        exported = export(plan, candidate, directory)
+        check_parity(exported.loaded, candidate, plan.task.example)
+        (scratch / "uncompressed").mkdir()
+        uncompressed = export(plan, Candidate(plan.original), scratch / "uncompressed")
+        facts, compared = measure_facts(plan, exported, uncompressed, scratch, progress)
+        certificate = certificate_for(plan, exported, run.identity, run.path.absolute().parent, progress)
+        report = assemble(plan, exported, facts, compared, certificate)
+        write_documents(plan, candidate, report, directory)
+
+
+def write_documents(plan: Plan, candidate: Candidate, report: Report, directory: Path) -> None:
+    """Report, model card and manifest beside the model files."""
+    if candidate.plan is not None:
+        (directory / "quantization.json").write_text(candidate.plan.model_dump_json() + "\n")
+    (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+    (directory / "report.html").write_text(render_html(report))
+    hashes = {name: entry.sha256 for name, entry in describe_files(directory).items()}
+    card = render_card(
+        report,
+        files=hashes,
+        inputs=_described(plan.signature, inputs=True),
+        outputs=_described(plan.signature, inputs=False),
+        preprocessing={"inputs": plan.task.preprocessing} if plan.task.preprocessing else {},
+        labels=plan.task.class_names,
+    )
+    (directory / "README.md").write_text(card)
+    manifest = Manifest(
+        name=report.name,
+        target=plan.target,
+        signature=plan.signature,
+        precision=candidate.precision,
+        class_names=list(plan.task.class_names),
+        preprocessing=plan.task.preprocessing,
+        recipe=plan.recipe.as_data(),
+        seed=plan.seed,
+        versions=versions(),
+        cpu_flags=sorted(cpu_flags()),
+        weight_bits=max((quant.scheme.bits for quant in candidate.plan.weights.values()), default=None)
+        if candidate.plan is not None
+        else None,
+        files=describe_files(directory),
+    )
+    manifest.write(directory)
+
+
+def _described(signature: Signature, *, inputs: bool) -> dict[str, object]:
+    specs = signature.inputs if inputs else [signature.output]
+    return {spec.name: f"{spec.dtype} [{', '.join(str(size) for size in spec.shape)}]" for spec in specs}
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tersor-") as path:
+        yield Path(path)

@@ -1,0 +1,39 @@
+"""Loads an artifact: checks every file, opens it in its runtime, executes no code from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from tersor.core.artifact import verify
+from tersor.runtimes import Session, get_runtime
+
+
+def load(directory: str | Path, *, model: Callable[[], nn.Module] | None = None, threads: int | None = None) -> Session:
+    """Opens an artifact as a plain callable: NumPy arrays or torch tensors in, the same kind out.
+
+    ::
+
+        session = tersor.load("runs/my-model/artifact")
+        logits = session(images)
+
+    Args:
+        directory: The artifact, or a run directory that holds one.
+        model: For PyTorch artifacts (`eager`, `inductor`): builds the untrained module that the weights go into.
+        threads: Threads to use; by default what the artifact was measured with.
+
+    Raises:
+        IntegrityError: if a file is missing, truncated or was changed.
+        RuntimeUnavailableError: if the runtime is not installed.
+        ArtifactError: if `model` is needed and missing, or does not fit.
+    """
+    path = Path(directory)
+    if not (path / "manifest.json").exists() and (path / "artifact").is_dir():
+        path = path / "artifact"
+    manifest = verify(path)
+    target = manifest.target if threads is None else manifest.target.model_copy(update={"threads": threads})
+    runtime = get_runtime(target.runtime)
+    runtime.check_available()
+    return runtime.load(path, signature=manifest.signature, target=target, model=model)

@@ -1,0 +1,164 @@
+"""Everything that can be checked before any work is done."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.core.batch import select_output
+from tersor.core.budget import Budget
+from tersor.core.candidate import check_finite_weights, frozen_copy
+from tersor.core.recipe import Recipe
+from tersor.core.signature import Signature, input_names, signature_of
+from tersor.core.target import Target
+from tersor.core.task import Task
+from tersor.errors import ConfigError, ModelError, NonFiniteError, SplitTooSmallError
+from tersor.measure import smallest_certifiable
+from tersor.recipes import resolve
+from tersor.runtimes import Runtime, get_runtime
+
+EXAMPLE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated run.
+
+    Attributes:
+        original: A frozen copy of the caller's model.
+        task: The data.
+        budget: What may be lost.
+        target: Where it will run.
+        recipe: What will be done.
+        runtime: How it will run there.
+        signature: What goes in and out.
+        seed: Fixes every random choice.
+    """
+
+    original: nn.Module
+    task: Task
+    budget: Budget
+    target: Target
+    recipe: Recipe
+    runtime: Runtime
+    signature: Signature
+    seed: int
+
+    def fingerprint(self) -> dict[str, str]:
+        """What makes this run this run; a run directory is resumed only by an equal one."""
+        return {
+            "model": model_hash(self.original),
+            "task": _hash(self.task.fingerprint()),
+            "recipe": _hash(self.recipe.as_data()),
+            "target": _hash(self.target.model_dump(mode="json")),
+            "budget": _hash(self.budget.model_dump(mode="json")),
+            "seed": str(self.seed),
+        }
+
+    def as_data(self) -> dict[str, Any]:
+        """The resolved plan as plain data, for people and `--dry-run`."""
+        parameters = sum(parameter.numel() for parameter in self.original.parameters())
+        return {
+            "model": type(self.original).__name__,
+            "parameters": parameters,
+            "splits": {role: len(split) for role, split in self.task.splits.items()},
+            "metric": self.task.metric.name,
+            "recipe": self.recipe.as_data(),
+            "target": self.target.model_dump(mode="json"),
+            "budget": self.budget.model_dump(mode="json"),
+            "inputs": {spec.name: [spec.dtype, *spec.shape] for spec in self.signature.inputs},
+            "seed": self.seed,
+        }
+
+
+def make_plan(
+    model: nn.Module,
+    task: Task,
+    *,
+    budget: Budget,
+    target: Target,
+    recipe: str | Path | Recipe,
+    seed: int = 0,
+) -> Plan:
+    """Checks model, data, recipe, target and budget against each other.
+
+    Raises:
+        ConfigError, DataError, ModelError, RuntimeUnavailableError, UnsupportedError: saying what, where and
+            what to do; nothing was written and nothing was changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    runtime = get_runtime(target.runtime)
+    runtime.check_available()
+    resolved = resolve(recipe, runtime.formats)
+    for step in resolved.steps:
+        runtime.check_supports(step.precision, step.name)
+        for role in sorted(step.needs):
+            task.require(role, step.name)  # type: ignore[arg-type]
+    _check_budget(task, budget)
+    check_finite_weights(model)
+    try:
+        original = frozen_copy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"the model cannot be copied ({error}); remove hooks, graphs and open files from it") from error
+    return Plan(original, task, budget, target, resolved, runtime, _signature(original, task, target), seed)
+
+
+def model_hash(module: nn.Module) -> str:
+    """Hash of a model's class and of every parameter and buffer."""
+    digest = hashlib.sha256(type(module).__qualname__.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _signature(original: nn.Module, task: Task, target: Target) -> Signature:
+    example = task.example(EXAMPLE_BATCH)
+    example.check_finite("the first examples")
+    try:
+        with torch.no_grad():
+            raw = example.call(copy.deepcopy(original))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"the model does not run on the task's first examples {_shapes(example.tensors())}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    output = select_output(raw, task.output)
+    if output.ndim == 0 or output.shape[0] != EXAMPLE_BATCH:
+        raise ModelError(
+            f"the output must have the batch as first dimension: expected {EXAMPLE_BATCH} rows, "
+            f"got shape {tuple(output.shape)}"
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise NonFiniteError("the model's output on the first examples has NaN or Inf; check its weights and inputs")
+    return signature_of(input_names(original, example), example, output, target, task.output)
+
+
+def _check_budget(task: Task, budget: Budget) -> None:
+    if budget.max_drop is None:
+        return
+    split = task.require("certify", "a budget with max_drop")
+    if budget.max_drop > 0 and task.metric.bounds == (0.0, 1.0):
+        needed = smallest_certifiable(min(budget.max_drop, 1.0), budget.confidence)
+        if len(split) < needed:
+            raise SplitTooSmallError(
+                f"split 'certify' has {len(split)} examples; to certify a drop of at most {budget.max_drop:g} at "
+                f"confidence {budget.confidence:g} at least {needed} are needed even if no prediction changes. Give "
+                "it more examples, allow a larger max_drop, or pass Budget(max_drop=None) to do without"
+            )
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> str:
+    return ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in tensors.items())

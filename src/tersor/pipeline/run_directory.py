@@ -1,0 +1,95 @@
+"""The run directory: which run it belongs to, and what each finished step left, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from tersor.core.candidate import Candidate
+from tersor.core.files import disk_errors, write_whole
+from tersor.core.report import StepRecord
+from tersor.errors import IntegrityError, OutputDirectoryError
+
+RUN = "run.json"
+ARTIFACT = "artifact"
+_MASK = "mask:"
+_STATE = "state:"
+
+
+class RunDirectory:
+    """`run.json` (whose it is), `stages/` (what finished steps left) and `artifact/` (the result)."""
+
+    def __init__(self, path: Path, fingerprint: dict[str, str]) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+
+    @property
+    def artifact(self) -> Path:
+        """Where the artifact is or will be."""
+        return self.path / ARTIFACT
+
+    @property
+    def identity(self) -> str:
+        """One hash for the whole run."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:32]
+
+    def claim(self) -> None:
+        """Takes the directory for this run, or takes it up again.
+
+        Raises:
+            OutputDirectoryError: if it holds another run (saying what differs), something else, or is read-only.
+        """
+        marker = self.path / RUN
+        if marker.exists():
+            try:
+                found = json.loads(marker.read_text())["fingerprint"]
+                different = sorted(key for key in self.fingerprint if found.get(key) != self.fingerprint[key])
+            except (ValueError, KeyError, AttributeError):
+                raise OutputDirectoryError(f"{marker} is damaged; remove {self.path} or choose another one") from None
+            if different:
+                raise OutputDirectoryError(
+                    f"{self.path} holds another run: its {', '.join(different)} differ(s) from this call's; choose "
+                    "another directory, or repeat the call as it was to resume"
+                )
+            return
+        with disk_errors(self.path):
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise OutputDirectoryError(
+                    f"{self.path} is not empty and not a run of tersor; choose a new or empty directory"
+                )
+        write_whole(marker, (json.dumps({"fingerprint": self.fingerprint}, indent=2) + "\n").encode())
+
+    def save_stage(self, position: int, candidate: Candidate) -> None:
+        """Keeps a candidate whose weights changed; quantization is quick and exact, so it is simply done again."""
+        tensors = {_STATE + name: value.contiguous().clone() for name, value in candidate.module.state_dict().items()}
+        tensors |= {_MASK + name: mask.to(torch.uint8) for name, mask in candidate.masks.items()}
+        history = json.dumps([record.model_dump(mode="json") for record in candidate.history])
+        write_whole(self._stage(position), save(tensors, metadata={"history": history}))
+
+    def load_stage(self, position: int, candidate: Candidate) -> Candidate | None:
+        """The candidate that the step at `position` left, None if it never finished."""
+        path = self._stage(position)
+        if not path.exists():
+            return None
+        fresh = candidate.for_weights()
+        try:
+            with safe_open(str(path), framework="pt") as stream:
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - no mapping
+                history = json.loads((stream.metadata() or {})["history"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise IntegrityError(f"{path} is damaged ({error}); remove it to repeat this step") from None
+        fresh.module.load_state_dict(
+            {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
+        )
+        masks = {name.removeprefix(_MASK): value.bool() for name, value in tensors.items() if name.startswith(_MASK)}
+        records = tuple(StepRecord.model_validate_json(json.dumps(record)) for record in history)
+        return replace(fresh, masks=masks, history=records)
+
+    def _stage(self, position: int) -> Path:
+        return self.path / "stages" / f"{position:02d}.safetensors"
