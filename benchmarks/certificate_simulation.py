@@ -92,9 +92,7 @@ def false_certification(generator: np.random.Generator, repetitions: int) -> lis
             counts["hoeffding"] += hoeffding_bound(sample) <= budget
         row = {"n": n, "gain_rate": gain_rate, "budget": budget, "repetitions": repetitions}
         rates = {method: count / repetitions for method, count in counts.items()}
-        rows.append(
-            row | rates | {"exact_enumerated": enumerated_rate(n, gain_rate + budget, gain_rate, most)}
-        )
+        rows.append(row | rates | {"exact_enumerated": enumerated_rate(n, gain_rate + budget, gain_rate, most)})
     return rows
 
 
@@ -161,9 +159,7 @@ def seconds_table(generator: np.random.Generator) -> list[dict[str, Any]]:
         rows.append(
             {
                 "n": n,
-                "p_value": median_seconds(
-                    lambda n=n, flips=flips: exact_paired.p_value(flips, flips, n, 0.01)
-                ),
+                "p_value": median_seconds(lambda n=n, flips=flips: exact_paired.p_value(flips, flips, n, 0.01)),
                 "exact_certified": median_seconds(exact(0.05)),
                 "exact_not_certified": median_seconds(exact(0.8 * norm.ppf(0.95) * 0.2 / math.sqrt(n))),
                 "betting": median_seconds(bounded((0, 1))),
@@ -258,9 +254,7 @@ def main() -> None:
             "bootstrap": options.bootstrap_repetitions,
         },
         "false_certification": false_certification(generator, options.repetitions),
-        "false_certification_bootstrap": false_certification_bootstrap(
-            generator, options.bootstrap_repetitions
-        ),
+        "false_certification_bootstrap": false_certification_bootstrap(generator, options.bootstrap_repetitions),
         "power": power_table(generator, options.power_repetitions),
         "seconds": seconds_table(generator),
         "examples_needed": examples_table(),

@@ -18,9 +18,7 @@ differences_in_unit_range = st.lists(st.floats(-1, 1, allow_subnormal=False), mi
 
 def hoeffding_upper_bound(differences: np.ndarray, width: float, confidence: float) -> float:
     """Hoeffding 1963: mean + 2 width √(log(1/α) / 2n), for differences in [-width, width]."""
-    return float(
-        differences.mean() + 2 * width * math.sqrt(math.log(1 / (1 - confidence)) / (2 * differences.size))
-    )
+    return float(differences.mean() + 2 * width * math.sqrt(math.log(1 / (1 - confidence)) / (2 * differences.size)))
 
 
 def wealth(values: np.ndarray, mean: float, alpha: float) -> list[float]:
@@ -94,9 +92,7 @@ def test_bound_lies_between_the_mean_and_the_range(differences: list[float], con
 
 
 def false_rate(samples: list[np.ndarray], mean: float) -> float:
-    return float(
-        np.mean([betting.upper_bound(sample, 0, 1, 0.95, seed=i) < mean for i, sample in enumerate(samples)])
-    )
+    return float(np.mean([betting.upper_bound(sample, 0, 1, 0.95, seed=i) < mean for i, sample in enumerate(samples)]))
 
 
 @pytest.mark.parametrize("kind", ["flips", "skewed", "continuous"])

@@ -202,9 +202,7 @@ def test_metric_errors() -> None:
     with pytest.raises(NonFiniteError, match="all examples"):
         certify_metric(lambda outputs, labels: math.nan, ones, ones, ones, max_drop=0.1)
     with pytest.raises(NonFiniteError, match="bootstrap draw"):
-        certify_metric(
-            lambda o, _: 1.0 if o[0] == 0 else math.inf, np.arange(20), np.arange(20), ones, max_drop=0.1
-        )
+        certify_metric(lambda o, _: 1.0 if o[0] == 0 else math.inf, np.arange(20), np.arange(20), ones, max_drop=0.1)
     with pytest.raises(ConfigError, match="at least 19"):
         certify_metric(f1, ones, ones, ones, max_drop=0.1, resamples=10)
     assert certify_metric(f1, ones, ones, ones, max_drop=0.1, resamples=19).upper_bound == 0
@@ -250,9 +248,7 @@ def test_examples_needed_at_the_edges() -> None:
         examples_needed(-0.1, 0.1, max_drop=0.1)
 
 
-@pytest.mark.parametrize(
-    ("max_drop", "confidence"), [(0.01, 0.95), (0.005, 0.99), (0.3, 0.8), (0.0005, 0.95)]
-)
+@pytest.mark.parametrize(("max_drop", "confidence"), [(0.01, 0.95), (0.005, 0.99), (0.3, 0.8), (0.0005, 0.95)])
 def test_smallest_certifiable_is_the_smallest(max_drop: float, confidence: float) -> None:
     n = smallest_certifiable(max_drop, confidence)
     assert exact_paired.upper_bound(0, 0, n, confidence) <= max_drop
@@ -294,8 +290,6 @@ def test_smallest_certifiable_at_the_edges() -> None:
         ([1, 0], [1, 0], {"confidence": 95}, ConfigError, "confidence"),
     ],
 )
-def test_errors(
-    reference: Any, candidate: Any, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_errors(reference: Any, candidate: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         certify(reference, candidate, **{"max_drop": 0.1, **options})

@@ -34,9 +34,7 @@ def most_losses(n: int, max_drop: float, confidence: float, gains: range) -> np.
     return np.array(limits)
 
 
-def certified_probability(
-    n: int, gains: range, limits: np.ndarray, loss_rate: float, gain_rate: float
-) -> float:
+def certified_probability(n: int, gains: range, limits: np.ndarray, loss_rate: float, gain_rate: float) -> float:
     counts = np.array(gains)
     conditional = binom.cdf(limits, n - counts, min(loss_rate / (1 - gain_rate), 1))
     return float(np.sum(binom.pmf(counts, n, gain_rate) * conditional))

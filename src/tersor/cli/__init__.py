@@ -1,1 +1,5 @@
+"""The command line."""
 
+from tersor.cli.main import main
+
+__all__ = ["main"]

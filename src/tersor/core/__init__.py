@@ -1,1 +1,1 @@
-
+"""The concepts: types that everything else is written in."""

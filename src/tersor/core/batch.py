@@ -29,7 +29,7 @@ class Batch:
         return len(next(iter(self.tensors().values())))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The inputs by name; positional ones are called `0`, `1` …"""
+        """The inputs by name; positional ones are called `0`, `1` and so on."""
         return {str(index): value for index, value in enumerate(self.args)} | self.kwargs
 
     def call(self, function: Any) -> Any:

@@ -12,9 +12,10 @@ from tersor.core.config import Config
 class Budget(Config):
     """The largest acceptable drop of the metric, and how sure one must be of it.
 
-    `max_drop` is in units of the metric (0.01 = one point of accuracy). None compresses without a
-    certificate. `rounds` interleaved rounds of latency measurement are run. `minimise` names what the fastest or smallest model is judged by: a result that is not better
-    in it than the uncompressed model in the same runtime is reported as such, never as a success.
+    `max_drop` is in units of the metric (0.01 = one point of accuracy); None compresses without a certificate.
+    `minimise` names what the result is judged by: one that is not better in it than the uncompressed model in
+    the same runtime is reported as such, never as a success. `rounds` is how many interleaved rounds of latency
+    measurement are run.
     """
 
     max_drop: float | None = Field(default=0.01, ge=0)

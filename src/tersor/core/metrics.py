@@ -122,9 +122,7 @@ def _perplexity(nll: Tensor, labels: Tensor | None) -> float:
 
 METRICS = {
     "top1": Metric("top1", _top1, bounds=(0.0, 1.0)),
-    "agreement": Metric(
-        "agreement", _agreement, bounds=(0.0, 1.0), needs_labels=False, against_original=True
-    ),
+    "agreement": Metric("agreement", _agreement, bounds=(0.0, 1.0), needs_labels=False, against_original=True),
     "cosine": Metric("cosine", _cosine, bounds=(-1.0, 1.0), needs_labels=False, against_original=True),
     "f1": Metric("f1", _predicted, _macro_f1),
     "perplexity": Metric("perplexity", _nll, _perplexity, higher_is_better=False),
@@ -132,7 +130,7 @@ METRICS = {
 
 
 def as_metric(metric: str | Metric | Callable[[Tensor, Tensor], float]) -> Metric:
-    """Resolves a name, a `Metric`, or a plain function `(outputs [N, …], labels [N, …]) -> float` (higher is better)."""
+    """Resolves a name, a `Metric`, or a function `(outputs [N, …], labels [N, …]) -> float` (higher is better)."""
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, str):

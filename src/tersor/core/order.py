@@ -39,7 +39,8 @@ def check_order(steps: Sequence[Step]) -> None:
         if step.kind not in LEGAL[previous]:
             reason = REASONS.get((previous, step.kind), "") if previous else ""
             raise OrderError(
-                f"step {position + 1} ({step.name}) cannot follow step {position} ({steps[position - 1].name}): {reason}"
+                f"step {position + 1} ({step.name}) cannot follow step {position} ({steps[position - 1].name}): "
+                f"{reason}"
             )
         previous = step.kind
     quantized = [position for position, step in enumerate(steps) if step.kind == "quantize"]

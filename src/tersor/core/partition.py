@@ -43,12 +43,12 @@ def partition(whole: Split, shares: Mapping[str, float], seed: int) -> dict[str,
     names, weights = list(shares), np.array(list(shares.values()))
     parts: dict[str, list[int]] = {name: [] for name in names}
     for label in sorted(strata):
-        members = [strata[label][index] for index in generator.permutation(len(strata[label]))]
+        shuffled = [strata[label][index] for index in generator.permutation(len(strata[label]))]
         # Largest-remainder rounding with a random offset keeps both every class and the totals in proportion.
-        cuts = np.floor(np.cumsum(weights) * len(members) + generator.random()).astype(int)
+        cuts = np.floor(np.cumsum(weights) * len(shuffled) + generator.random()).astype(int)
         start = 0
-        for name, end in zip(names, np.minimum(cuts, len(members)), strict=True):
-            parts[name].extend(position for group in members[start:end] for position in group)
+        for name, end in zip(names, np.minimum(cuts, len(shuffled)), strict=True):
+            parts[name].extend(position for group in shuffled[start:end] for position in group)
             start = max(start, int(end))
     empty = [name for name in names if not parts[name]]
     if empty:

@@ -31,4 +31,7 @@ class Recipe:
 
     def as_data(self) -> dict[str, object]:
         """The recipe as plain data: `{"name": …, "steps": [{step name: settings}]}`."""
-        return {"name": self.name, "steps": [{step.name: step.model_dump(mode="json")} for step in self.steps]}
+        return {
+            "name": self.name,
+            "steps": [{step.name: step.model_dump(mode="json")} for step in self.steps],
+        }

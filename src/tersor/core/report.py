@@ -20,9 +20,7 @@ class Latency(Config):
     iqr: float = Field(description="interquartile range")
     n: int = Field(description="number of timed calls")
     best: float = Field(description="fastest call")
-    rounds: list[float] = Field(
-        default_factory=list, description="median of each round, in the order of measuring"
-    )
+    rounds: list[float] = Field(default_factory=list, description="median of each round, in the order of measuring")
     histogram: list[float] = Field(default_factory=list, description="every 1/200 quantile, for drawing")
 
     @property

@@ -57,9 +57,7 @@ def input_names(module: nn.Module, batch: Batch) -> list[str]:
         ]
     except (TypeError, ValueError):
         declared = []
-    positional = [
-        declared[index] if index < len(declared) else f"input_{index}" for index in range(len(batch.args))
-    ]
+    positional = [declared[index] if index < len(declared) else f"input_{index}" for index in range(len(batch.args))]
     return positional + list(batch.kwargs)
 
 
@@ -101,3 +99,17 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"TensorSpec.dtype: expected a torch dtype, got {name!r}")
     return dtype
+
+
+def random_batch(signature: Signature, size: int, length: int = 32) -> Batch:
+    """Random inputs that fit a signature: batch `size`, every other varying dimension `length`."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for spec in signature.inputs:
+        shape = [size if axis == 0 else length if isinstance(dim, str) else dim for axis, dim in enumerate(spec.shape)]
+        dtype = torch_dtype(spec.dtype)
+        if dtype.is_floating_point:
+            tensors[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+        else:
+            tensors[spec.name] = torch.ones(shape, dtype=dtype)
+    return Batch((), tensors, None) if signature.by_name else Batch(tuple(tensors.values()), {}, None)

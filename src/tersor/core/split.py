@@ -135,8 +135,11 @@ class Split:
                 digest = hashlib.blake2b(digest_size=16)
                 for name, tensor in tensors:
                     digest.update(f"{name}{tensor.dtype}".encode())
-                    digest.update(tensor[row].contiguous().view(torch.uint8).numpy().tobytes()
-                                  if tensor[row].ndim else tensor[row].numpy().tobytes())
+                    digest.update(
+                        tensor[row].contiguous().view(torch.uint8).numpy().tobytes()
+                        if tensor[row].ndim
+                        else tensor[row].numpy().tobytes()
+                    )
                 keys.append(digest.digest())
         return keys
 

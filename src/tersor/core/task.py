@@ -66,7 +66,13 @@ class Task:
         preprocessing: str = "",
         seed: int = 0,
     ) -> None:
-        given = {"train": train, "calibrate": calibrate, "search": search, "certify": certify, "report": report}
+        given = {
+            "train": train,
+            "calibrate": calibrate,
+            "search": search,
+            "certify": certify,
+            "report": report,
+        }
         self.splits: Mapping[str, Split] = {
             role: data if isinstance(data, Split) else Split(role, data, collate=collate)
             for role, data in given.items()
@@ -82,7 +88,10 @@ class Task:
         self.seed = seed
         self._check_overlap()
         if "calibrate" not in self.splits and "train" in self.splits:
-            self.splits = {**self.splits, "calibrate": _sample(self.splits["train"], DEFAULT_CALIBRATION, seed)}
+            self.splits = {
+                **self.splits,
+                "calibrate": _sample(self.splits["train"], DEFAULT_CALIBRATION, seed),
+            }
         if self.metric.needs_labels and not self.labelled:
             self.metric = METRICS["agreement"]
 
@@ -111,7 +120,7 @@ class Task:
         shares = dict(DEFAULT_FRACTIONS if fractions is None else fractions)
         whole = Split("dataset", dataset, collate=fields.get("collate"))
         parts = partition(whole, shares, seed)
-        splits = {
+        splits: dict[str, Any] = {
             role: Split(role, whole.dataset, indices=cast("Any", whole.indices[positions]), collate=whole.collate)
             for role, positions in parts.items()
         }

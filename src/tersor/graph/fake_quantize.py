@@ -53,9 +53,7 @@ class FakeQuantize(nn.Module):
             return values
         scheme = self.scheme
         if scheme.axis is None:
-            return torch.fake_quantize_per_tensor_affine(
-                values, self.scale, self.zero_point, scheme.qmin, scheme.qmax
-            )
+            return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, scheme.qmin, scheme.qmax)
         return torch.fake_quantize_per_channel_affine(
             values, self.scale, self.zero_point, scheme.axis, scheme.qmin, scheme.qmax
         )

@@ -42,14 +42,19 @@ def fold_batch_norm(graph_module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _fold(
-    graph_module: fx.GraphModule, norm: fx.Node, layer: fx.Node, weight_node: fx.Node, bias_node: fx.Node | None
+    graph_module: fx.GraphModule,
+    norm: fx.Node,
+    layer: fx.Node,
+    weight_node: fx.Node,
+    bias_node: fx.Node | None,
 ) -> Tensor:
     rule = COMPUTE[layer.target]
-    gamma, beta, mean, variance = (
-        None if node is None else get_tensor(graph_module, str(node.target)).detach() for node in norm.args[1:5]
-    )
-    assert mean is not None and variance is not None  # noqa: S101 - evaluation mode has running statistics
-    sigma = torch.sqrt(variance.double() + norm.args[7])
+    gamma, beta, mean, variance = (_constant(graph_module, node) for node in norm.args[1:5])
+    assert mean is not None  # noqa: S101 - evaluation mode has running statistics
+    assert variance is not None  # noqa: S101 - as above
+    epsilon = norm.args[7]
+    assert isinstance(epsilon, float)  # noqa: S101 - the operator's schema
+    sigma = torch.sqrt(variance.double() + epsilon)
     factor = (torch.ones_like(sigma) if gamma is None else gamma.double()) / sigma
     weight = get_tensor(graph_module, str(weight_node.target))
     shape = [-1 if axis == rule.channel_axis else 1 for axis in range(weight.ndim)]
@@ -67,6 +72,10 @@ def _fold(
     norm.replace_all_uses_with(layer)
     graph_module.graph.erase_node(norm)
     return factor.float()
+
+
+def _constant(graph_module: fx.GraphModule, node: object) -> Tensor | None:
+    return get_tensor(graph_module, str(node.target)).detach() if isinstance(node, fx.Node) else None
 
 
 def get_tensor(root: nn.Module, path: str) -> Tensor:

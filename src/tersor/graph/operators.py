@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 # `Library` instead of `custom_op`: a third of the dispatch cost, and exporting traces it a hundred times.
-_LIBRARY = torch.library.Library("tersor", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("tersor", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("quantize_dequantize(Tensor values, Tensor scale, Tensor zero_point) -> Tensor")
 
 

@@ -93,8 +93,10 @@ def evaluate(
 
 def scores(evaluation: Evaluation, metric: Metric) -> Tensor:
     """Per-example scores `[N]`, higher is better."""
-    per_example = evaluation.statistic.double().flatten(1).mean(1) if evaluation.statistic.ndim > 1 else (
-        evaluation.statistic.double()
+    per_example = (
+        evaluation.statistic.double().flatten(1).mean(1)
+        if evaluation.statistic.ndim > 1
+        else (evaluation.statistic.double())
     )
     return per_example if metric.higher_is_better else -per_example
 
@@ -117,5 +119,3 @@ def _check_finite(output: Tensor, split: Split, index: int) -> None:
             f"the model's output on split {split.name!r}, batch {index}, has {bad} NaN or Inf of {output.numel()} "
             "values; check its weights and this batch"
         )
-
-

@@ -79,9 +79,7 @@ def certify(
     else:
         bound = betting.upper_bound(differences, bounds[0], bounds[1], confidence, seed)
     drop = float(differences.mean())
-    return _certificate(
-        max_drop, confidence, drop, bound, differences.size, method, exact=method == "betting"
-    )
+    return _certificate(max_drop, confidence, drop, bound, differences.size, method, exact=method == "betting")
 
 
 def certify_metric(
@@ -150,9 +148,7 @@ def certify_metric(
 
     generator = np.random.default_rng(seed)
     observed = drop(np.arange(n), "all examples")
-    drops = [
-        drop(generator.integers(0, n, n), f"bootstrap draw {i} of {resamples}") for i in range(resamples)
-    ]
+    drops = [drop(generator.integers(0, n, n), f"bootstrap draw {i} of {resamples}") for i in range(resamples)]
     bound = float(np.sort(drops)[rank - 1])
     return _certificate(max_drop, confidence, observed, bound, n, "paired-bootstrap", exact=False)
 
@@ -241,9 +237,7 @@ def smallest_certifiable(max_drop: float, confidence: float) -> int:
     def enough(n: int) -> bool:
         return exact_paired.p_value(0, 0, n, max_drop, confidence) <= 1 - confidence
 
-    low = max(
-        ceil(log(1 - confidence) / log1p(-max_drop)) - 1, 0
-    )  # too few: no flip is likelier than 1 - confidence
+    low = max(ceil(log(1 - confidence) / log1p(-max_drop)) - 1, 0)  # too few: no flip is likelier than 1 - confidence
     step, high = 1, low + 1
     while not enough(high):
         low, high, step = high, high + step, 2 * step
@@ -314,9 +308,7 @@ def _scores(values: Any, name: str) -> Array:
         numbers = values.detach().cpu().double() if hasattr(values, "detach") else values
         scores: Array = np.asarray(numbers, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{name}: expected one number per example, got {type(values).__name__}: {error}"
-        ) from None
+        raise DataError(f"{name}: expected one number per example, got {type(values).__name__}: {error}") from None
     if scores.ndim != 1:
         raise DataError(
             f"{name}: expected one dimension, one score per example, got shape {scores.shape}; "

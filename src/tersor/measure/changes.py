@@ -24,7 +24,7 @@ def changes(before: Evaluation, after: Evaluation, class_names: tuple[str, ...] 
         return Changes(n=len(before.predictions), flips=flips)
     right_before, right_after = before.predictions == labels, after.predictions == labels
     per_class = []
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         chosen = labels == label
         name = class_names[label] if label < len(class_names) else str(label)
         per_class.append(

@@ -297,9 +297,7 @@ def _worst(region: _Region, drop: float) -> float:
     fine = np.linspace(sqrt(lowest), sqrt(highest), 257) ** 2
     fine[0], fine[-1] = lowest, highest
     losses = np.maximum(fine + drop, 0)
-    length = (
-        2 * sqrt(region.n) * (np.sqrt(fine) + np.sqrt(losses) - np.sqrt(np.maximum(1 - fine - losses, 0)))
-    )
+    length = 2 * sqrt(region.n) * (np.sqrt(fine) + np.sqrt(losses) - np.sqrt(np.maximum(1 - fine - losses, 0)))
     count = 2 + ceil((length[-1] - length[0]) / _GRID_STEP)
     rates = np.interp(np.linspace(length[0], length[-1], count), length, fine)
     values = _probability(region, rates, drop)

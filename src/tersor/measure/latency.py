@@ -154,7 +154,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | {
+            env=os.environ
+            | {
                 "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
                 "OMP_NUM_THREADS": str(self.payload["threads"]),
             },
@@ -180,7 +181,8 @@ class _Worker:
         return answer if answer >= 0 else None
 
     def _ask(self, question: str) -> str:
-        assert self.process.stdin is not None and self.process.stdout is not None  # noqa: S101 - both are pipes
+        assert self.process.stdin is not None  # noqa: S101 - opened as a pipe
+        assert self.process.stdout is not None  # noqa: S101 - likewise
         timer = threading.Timer(self.timeout, self.process.kill)
         timer.start()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -31,8 +32,11 @@ def mac_counts(module: nn.Module, batch: Batch) -> dict[str, int]:
     Counts convolutions, matrix products and attention, by PyTorch's own counter (two operations each).
     """
     was_training = module.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
-        batch.call(module.eval())
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="TF32 acceleration")  # `flags` touches it on every machine
+        # oneDNN hides what an LSTM computes from the counter.
+        with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+            batch.call(module.eval())
     module.train(was_training)
     root = type(module).__name__
     result = {"": counter.get_total_flops() // 2}

@@ -77,11 +77,6 @@ def _warnings(plan: Plan, candidate: Candidate, facts: Facts, certificate: Certi
         )
     if plan.budget.minimise == "size" and facts.deployed.size_bytes >= facts.runtime_baseline.size_bytes:
         found.append("not smaller than the uncompressed model in the same runtime")
-    for name, model in (("baseline", facts.baseline), ("runtime baseline", facts.runtime_baseline),
-                        ("deployed", facts.deployed)):
-        if model.latency_ms is not None and model.latency_ms.noisy:
-            spread = model.latency_ms.iqr / model.latency_ms.median
-            found.append(f"latency of {name} is noisy: interquartile range {spread:.0%} of the median; trust the ratios")
     if certificate is not None and not certificate.certified:
         more = f"; about {certificate.examples_needed:,} examples would do" if certificate.examples_needed else ""
         found.append(

@@ -88,9 +88,7 @@ def compress(
     Raises:
         TersorError: see `tersor.errors`; whatever is wrong is said before work begins where that is possible.
     """
-    plan = make_plan(
-        model, task, budget=budget or Budget(), target=target or Target(), recipe=recipe, seed=seed
-    )
+    plan = make_plan(model, task, budget=budget or Budget(), target=target or Target(), recipe=recipe, seed=seed)
     run = RunDirectory(Path(out), plan.fingerprint())
     run.claim()
     with shown() as progress:

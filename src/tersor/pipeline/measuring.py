@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import nn
 
 from tersor.core.candidate import Candidate
 from tersor.core.certificate import Certificate
@@ -53,7 +54,7 @@ def export(plan: Plan, candidate: Candidate, directory: Path) -> Exported:
     return Exported(loaded, candidate, tuple(files))
 
 
-def _as_is(module: object) -> object:
+def _as_is(module: nn.Module) -> nn.Module:
     return module
 
 
@@ -146,9 +147,7 @@ def measure_facts(
     after = compared.deployed.value if compared is not None else None
     baseline = _facts(plan, Candidate(plan.original), tuple(weights), times["eager"], before, "eager")
     name = plan.runtime.name
-    uncompressed_facts = _facts(
-        plan, uncompressed.candidate, uncompressed.files, times["uncompressed"], before, name
-    )
+    uncompressed_facts = _facts(plan, uncompressed.candidate, uncompressed.files, times["uncompressed"], before, name)
     deployed_facts = _facts(plan, deployed.candidate, deployed.files, times["deployed"], after, name)
     fast = times["deployed"].latency
     ratios = Ratios(
@@ -198,5 +197,3 @@ def _facts(
         peak_memory_bytes=measured.peak_memory_bytes,
         throughput=1e3 * plan.target.batch / measured.latency.median,
     )
-
-

@@ -107,7 +107,9 @@ def make_plan(
     try:
         original = frozen_copy(model)
     except (RuntimeError, TypeError) as error:
-        raise ModelError(f"the model cannot be copied ({error}); remove hooks, graphs and open files from it") from error
+        raise ModelError(
+            f"the model cannot be copied ({error}); remove hooks, graphs and open files from it"
+        ) from error
     return Plan(original, task, budget, target, resolved, runtime, _signature(original, task, target), seed)
 
 

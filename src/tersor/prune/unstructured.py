@@ -62,7 +62,7 @@ def unstructured_masks(
     removed = min(round(sparsity * len(ranked)), int((ranked < torch.inf).sum()))
     mask = torch.ones(len(ranked), dtype=torch.bool)
     mask[ranked.argsort(stable=True)[:removed]] = False
-    parts = mask.split([len(values) for values in scores.values()])
+    parts = torch.split(mask, [len(values) for values in scores.values()])
     return {path: part.reshape(weights[path].shape) for path, part in zip(scores, parts, strict=True)}
 
 

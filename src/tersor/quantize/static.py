@@ -98,9 +98,7 @@ class Static(Step):
         return done.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)
 
 
-def _set_activation_ranges(
-    simulation: fx.GraphModule, placement: Placement, method: str, batches: object
-) -> list[str]:
+def _set_activation_ranges(simulation: fx.GraphModule, placement: Placement, method: str, batches: object) -> list[str]:
     """Calibrates the activations; returns the names of those that no example reached."""
     assert callable(batches)  # noqa: S101 - a closure of `apply`
     found = histograms(simulation, placement.activations, batches, counts=method != "minmax")
@@ -112,7 +110,9 @@ def _set_activation_ranges(
             unreached.append(name)
             continue
         if not histogram.high - histogram.low < torch.finfo(torch.float32).max:
-            raise DataError(f"calibration range of {name!r} is [{histogram.low}, {histogram.high}]: too wide for float32")
+            raise DataError(
+                f"calibration range of {name!r} is [{histogram.low}, {histogram.high}]: too wide for float32"
+            )
         low, high = getattr(ranges, method)(histogram, quantizer.scheme)
         quantizer.set_range(torch.tensor([low]), torch.tensor([high]))
     return unreached

@@ -52,9 +52,7 @@ def render_html(report: Report) -> str:
     certificate = report.certificate
     metric = wording.certified_metric(report)
     timed = [
-        (role, name, facts.latency_ms)
-        for role, name, facts in wording.models(report)
-        if facts.latency_ms is not None
+        (role, name, facts.latency_ms) for role, name, facts in wording.models(report) if facts.latency_ms is not None
     ]
     classes = worst_classes(report)
     return page_environment().get_template("report.html.j2").render(

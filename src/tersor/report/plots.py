@@ -75,9 +75,7 @@ def _bar(axes: Any, start: float, end: float, colour: Colour, hatch: str) -> Non
             )
 
 
-def _mark(
-    axes: Any, position: float, height: float, text: str, colour: Colour, *, beside: bool = False
-) -> None:
+def _mark(axes: Any, position: float, height: float, text: str, colour: Colour, *, beside: bool = False) -> None:
     """Writes at `position`, turned inwards near the edges so that nothing leaves the figure."""
     low, high = axes.get_xlim()
     place = (position - low) / (high - low)
@@ -103,9 +101,7 @@ def latency_plot(rows: Sequence[Timed]) -> Markup | None:
             numbers = f"{units.significant(latency.median)} ms, p95 {units.significant(latency.p95)}"
             _row_text(axes, floor, 0.012, name, "left", "bold")
             _row_text(axes, floor, 0.988, numbers, "right", "normal")
-        spoken = "; ".join(
-            f"{name}: median {units.milliseconds(latency.median)}" for _, name, latency in rows
-        )
+        spoken = "; ".join(f"{name}: median {units.milliseconds(latency.median)}" for _, name, latency in rows)
         return to_svg(figure, f"Call times. {spoken}")
 
 

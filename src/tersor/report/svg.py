@@ -45,9 +45,7 @@ def blank_axes(height: int, *, left: int, right: int, top: int, bottom: int) -> 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-    axes = figure.add_axes(
-        (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
-    )
+    axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height))
     axes.set_facecolor("none")
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.spines["bottom"].set_color(Colour.LINE)
@@ -64,9 +62,7 @@ def to_svg(figure: Any, title: str) -> Markup:
     )
     text = buffer.getvalue()
     body = text[text.index("<svg") : text.rindex("</svg>")]
-    body = re.sub(
-        r"<metadata>.*?</metadata>|<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", body, flags=re.S
-    )
+    body = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", body, flags=re.S)
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"<[^<>]+>", lambda tag: _use_page_style(tag.group()), body)
     view_box = re.search(r'viewBox="([^"]*)"', body)

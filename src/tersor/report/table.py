@@ -75,9 +75,7 @@ def _rows(report: Report) -> list[list[str]]:
     ]
     scores = [facts.metric for facts in models]
     changes = [_change(score, scores[2], metric) for score in scores[:2]]
-    rows.insert(
-        0, [units.one_line(metric, 20), *(units.metric_value(score, metric) for score in scores), *changes]
-    )
+    rows.insert(0, [units.one_line(metric, 20), *(units.metric_value(score, metric) for score in scores), *changes])
     if wording.has_runtime_baseline(report):
         return rows
     return [[row[0], row[1], row[3], row[4]] for row in rows]
@@ -124,9 +122,7 @@ def _verdict(report: Report) -> Text:
     line.append(": ", style="not bold default")
     certificate = report.certificate
     if certificate is None:
-        return line.append(
-            f"how much {units.one_line(report.deployed.metric_name, 40)} is lost is not bounded."
-        )
+        return line.append(f"how much {units.one_line(report.deployed.metric_name, 40)} is lost is not bounded.")
     metric = wording.certified_metric(report)
     budget = units.exact_difference(certificate.max_drop, metric)
     counted = f"{units.integer(certificate.n)} examples, {wording.METHODS[certificate.method]}"

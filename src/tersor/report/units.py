@@ -162,9 +162,7 @@ def difference(value: float | None, metric: str, *, upwards: bool = False) -> st
     if number == 0:
         return "0.00" if is_share(metric) else "0"
     last_digit = -2 if is_share(metric) and number.adjusted() >= -2 else number.adjusted() - 2
-    rounded = number.quantize(
-        Decimal(1).scaleb(last_digit), rounding=ROUND_CEILING if upwards else ROUND_HALF_EVEN
-    )
+    rounded = number.quantize(Decimal(1).scaleb(last_digit), rounding=ROUND_CEILING if upwards else ROUND_HALF_EVEN)
     if rounded.adjusted() < -5:
         return _with_power_of_ten(float(rounded), rounded.adjusted())
     return f"{rounded:,f}".replace("-", "−")

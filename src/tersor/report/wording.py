@@ -112,9 +112,7 @@ def advice(certificate: Certificate) -> str:
     if certificate.certified:
         return ""
     if certificate.drop >= certificate.max_drop:
-        return (
-            "The observed drop alone uses up the budget: more examples would not help, a milder recipe would."
-        )
+        return "The observed drop alone uses up the budget: more examples would not help, a milder recipe would."
     if certificate.examples_needed is None:
         return "More certify examples or a milder recipe could bring the bound within the budget."
     return (
@@ -136,9 +134,7 @@ def asked(certificate: Certificate) -> str:
 
 def noisy(report: Report) -> str:
     """The note about measurements whose spread is too wide to trust small differences."""
-    names = [
-        name for _, name, facts in models(report) if facts.latency_ms is not None and facts.latency_ms.noisy
-    ]
+    names = [name for _, name, facts in models(report) if facts.latency_ms is not None and facts.latency_ms.noisy]
     if not names:
         return ""
     return (

@@ -11,9 +11,7 @@ from tersor.runtimes.eager import Eager, Inductor
 from tersor.runtimes.onnxruntime import OnnxRuntime
 from tersor.runtimes.openvino import OpenVino
 
-RUNTIMES: dict[str, type[Runtime]] = {
-    runtime.name: runtime for runtime in (Eager, Inductor, OnnxRuntime, OpenVino)
-}
+RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Eager, Inductor, OnnxRuntime, OpenVino)}
 
 
 def get_runtime(name: str) -> Runtime:

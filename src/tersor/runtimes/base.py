@@ -65,9 +65,7 @@ class Runtime(ABC):
         """Writes the candidate's model files into `directory`, its quantization plan lowered to real kernels."""
 
     @abstractmethod
-    def load(
-        self, directory: Path, *, signature: Signature, target: Target, model: Build | None = None
-    ) -> Session:
+    def load(self, directory: Path, *, signature: Signature, target: Target, model: Build | None = None) -> Session:
         """Loads what `export` wrote."""
 
     def values(
@@ -112,9 +110,7 @@ class Loaded:
 
     def __call__(self) -> Session:
         """Loads."""
-        return self.runtime.load(
-            self.directory, signature=self.signature, target=self.target, model=self.model
-        )
+        return self.runtime.load(self.directory, signature=self.signature, target=self.target, model=self.model)
 
 
 def _to_array(value: Any) -> Array:

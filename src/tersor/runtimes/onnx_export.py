@@ -14,6 +14,7 @@ import torch
 
 from tersor.core.batch import Batch
 from tersor.core.candidate import Candidate
+from tersor.core.files import disk_errors
 from tersor.core.signature import Signature
 from tersor.errors import ExportError
 from tersor.graph import capture, lower
@@ -43,9 +44,7 @@ def write_onnx(candidate: Candidate, example: Batch, path: Path, signature: Sign
         lowered = lower(candidate.simulation)
     else:
         names = [spec.name for spec in signature.inputs]
-        lowered = Lowered(
-            capture(candidate.module, example, names=names, dynamic=dynamic, output=signature.select), {}
-        )
+        lowered = Lowered(capture(candidate.module, example, names=names, dynamic=dynamic, output=signature.select), {})
     dims = {label: torch.export.Dim(label) for shape in dynamic.values() for label in shape.values()}
     shapes = tuple({axis: dims[label] for axis, label in dynamic[spec.name].items()} for spec in signature.inputs)
     try:
@@ -71,7 +70,8 @@ def write_onnx(candidate: Candidate, example: Batch, path: Path, signature: Sign
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"the ONNX exporter could not take the model: {lines[0]}") from error
     _strip(program.model)
-    program.save(str(path), external_data=False)
+    with disk_errors(path):
+        program.save(str(path), external_data=False)
 
 
 def intermediate_model(path: Path, names: Sequence[str]) -> tuple[bytes, list[str]]:
@@ -152,12 +152,14 @@ def _strip(model: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's progress and its notes on packages that nobody needs."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -19,8 +19,25 @@ from tersor.runtimes.onnx_export import intermediate_model, write_onnx
 
 FILE = "model.onnx"
 # Operators that move or convert values; everything else in an int8 model's profile computes.
-_MOVES = {"QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Flatten", "Slice", "Pad", "Concat", "Squeeze",
-          "Unsqueeze", "Gather", "Shape", "Cast", "Identity", "MaxPool", "ReorderInput", "ReorderOutput"}
+_MOVES = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Slice",
+    "Pad",
+    "Concat",
+    "Squeeze",
+    "Unsqueeze",
+    "Gather",
+    "Shape",
+    "Cast",
+    "Identity",
+    "MaxPool",
+    "ReorderInput",
+    "ReorderOutput",
+}
 
 
 class OnnxRuntimeSession(Session):

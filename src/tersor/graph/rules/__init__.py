@@ -5,6 +5,8 @@ values on unchanged, so input and output share one scale; `SHARED` ones do the s
 `ACTIVATIONS` are fused into the operator before them, so nothing is quantized in between.
 """
 
+from typing import Any
+
 from tersor.graph.rules.base import ComputeRule
 from tersor.graph.rules.elementwise import ACTIVATIONS
 from tersor.graph.rules.elementwise import COMPUTE as _ELEMENTWISE
@@ -14,7 +16,7 @@ from tersor.graph.rules.pooling import TRANSPARENT as _POOLING_TRANSPARENT
 from tersor.graph.rules.shape import SHARED
 from tersor.graph.rules.shape import TRANSPARENT as _SHAPE_TRANSPARENT
 
-COMPUTE = {**_LINEAR, **_ELEMENTWISE, **_POOLING}
+COMPUTE: dict[Any, ComputeRule] = {**_LINEAR, **_ELEMENTWISE, **_POOLING}
 TRANSPARENT = _POOLING_TRANSPARENT | _SHAPE_TRANSPARENT
 
 __all__ = ["ACTIVATIONS", "COMPUTE", "SHARED", "TRANSPARENT", "ComputeRule"]

@@ -1,12 +1,14 @@
 """Pooling: a maximum keeps codes as they are, an average computes with them."""
 
+from typing import Any
+
 from torch import ops
 
 from tersor.graph.rules.base import ComputeRule
 
 _aten = ops.aten
 
-COMPUTE = {
+COMPUTE: dict[Any, ComputeRule] = {
     operator: ComputeRule(activations=(0,))
     for operator in (
         _aten.mean.dim,

@@ -9,7 +9,9 @@ from tersor.errors import ConfigError
 
 def preset_names() -> list[str]:
     """Names of all presets."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in files(__name__).iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in files(__name__).iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def preset_text(name: str) -> str:

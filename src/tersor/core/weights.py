@@ -1,0 +1,51 @@
+"""Reads weights from disk without executing anything that the file says."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tersor.errors import ArtifactError, ModelError
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a `.safetensors` file, or from a PyTorch file that holds nothing but tensors.
+
+    Raises:
+        ArtifactError: if the file is missing, damaged, or wants to run code.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ArtifactError(f"weights file {file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(str(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"{file} is damaged or holds more than weights ({str(error).splitlines()[0][:200]}); it was not loaded. "
+            "Save weights with safetensors.torch.save_file(model.state_dict(), ...)"
+        ) from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ArtifactError(f"{file} must hold a state dict (names to tensors), got {type(loaded).__name__}")
+    return loaded
+
+
+def fill(module: nn.Module, path: str | Path) -> nn.Module:
+    """Loads the weights at `path` into `module`, in place, and returns it in evaluation mode.
+
+    Raises:
+        ModelError: naming the parameters that are missing, unexpected or of another shape.
+    """
+    try:
+        module.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights in {path} do not fit {type(module).__name__}: {' '.join(str(error).split())}"
+        ) from (None)
+    return module.eval()
