@@ -73,8 +73,10 @@ def select_output(output: Any, declared: str | int | None) -> Tensor:
     Raises:
         OutputError: if the model returns several values and none was declared, or the declared one is missing.
     """
-    if isinstance(output, Tensor) and declared is None:
-        return output
+    if isinstance(output, Tensor):
+        if declared is None:
+            return output
+        raise OutputError(f"Task(output={declared!r}) is declared, but the model returns one tensor; leave output out")
     if isinstance(output, Mapping):
         names: list[str | int] = list(output)
     elif isinstance(output, Sequence):
@@ -95,17 +97,23 @@ def select_output(output: Any, declared: str | int | None) -> Tensor:
     return value
 
 
-class OutputSelector(nn.Module):
-    """Wraps a model so that it returns the declared output only."""
+class Flattened(nn.Module):
+    """Wraps a model so that it takes all inputs by position, keywords last, and returns the declared output only.
 
-    def __init__(self, module: nn.Module, declared: str | int | None) -> None:
+    `torch.export` needs that: with `**kwargs` it fails on dynamic shapes.
+    """
+
+    def __init__(self, module: nn.Module, keywords: tuple[str, ...], declared: str | int | None) -> None:
         super().__init__()
         self.module = module
+        self.keywords = keywords
         self.declared = declared
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Runs the model and selects."""
-        return select_output(self.module(*args, **kwargs), self.declared)
+        positional = len(inputs) - len(self.keywords)
+        named = dict(zip(self.keywords, inputs[positional:], strict=True))
+        return select_output(self.module(*inputs[:positional], **named), self.declared)
 
 
 def _describe(value: Any) -> str:

@@ -53,7 +53,8 @@ class Candidate:
         if self.plan is not None:
             with torch.no_grad():
                 for path, quant in self.plan.weights.items():
-                    weight = module.get_parameter(path)
+                    parent, _, name = path.rpartition(".")
+                    weight = getattr(module.get_submodule(parent), name)  # a parameter or a buffer
                     weight.copy_(quant.rounded(weight))
         return replace(self, module=module, plan=None, simulation=None)
 

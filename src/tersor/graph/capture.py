@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tersor.core.batch import Batch, OutputSelector
+from tersor.core.batch import Batch, Flattened
 from tersor.errors import CaptureError
 
 _PREFIX = "module."
@@ -38,23 +38,13 @@ def capture(
     Raises:
         CaptureError: with the first line of `torch.export`'s own reason.
     """
-    wrapped = OutputSelector(copy.deepcopy(module), output).eval()
+    wrapped = Flattened(copy.deepcopy(module), tuple(batch.kwargs), output).eval()
     labels = {label for dims in dynamic.values() for label in dims.values()}
     dims = {label: torch.export.Dim(label) for label in sorted(labels)}
-    shapes = [{axis: dims[label] for axis, label in dynamic[name].items()} for name in names]
-    by_kind = {
-        "args": tuple(shapes[: len(batch.args)]),
-        "kwargs": dict(zip(batch.kwargs, shapes[len(batch.args) :], strict=True)),
-    }
+    shapes = tuple({axis: dims[label] for axis, label in dynamic[name].items()} for name in names)
     try:
         with torch.no_grad():
-            program = torch.export.export(
-                wrapped,
-                batch.args,
-                batch.kwargs,
-                dynamic_shapes={kind: value for kind, value in by_kind.items() if value},
-                strict=False,
-            )
+            program = torch.export.export(wrapped, input_tensors(batch), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise CaptureError(
@@ -70,20 +60,20 @@ def _flatten(exported: nn.Module, names: Sequence[str]) -> fx.GraphModule:
     source = exported.graph
     assert isinstance(source, fx.Graph)  # noqa: S101 - `ExportedProgram.module()` is a GraphModule
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
+    placeholders = [node for node in source.nodes if node.op == "placeholder"]
+    # Before all others, so that an operator of the same name gets another one.
+    values = {node: graph.placeholder(name) for node, name in zip(placeholders, names, strict=True)}
+    for node, copied in values.items():
+        copied.meta = dict(node.meta)
     attributes: dict[str, Any] = {}
-    inputs = iter(names)
     for node in source.nodes:
-        if node.op == "call_module":  # `_guards_fn`: shape checks with no users
+        if node.op in ("placeholder", "call_module"):  # `_guards_fn`: shape checks with no users
             continue
         if node.op == "output":
             (result,) = node.args[0]
             graph.output(values[result])
             continue
         copied = graph.node_copy(node, lambda argument: values[argument])
-        if node.op == "placeholder":
-            copied.target = copied.name = next(inputs)
-            copied.args = ()
         if node.op == "get_attr":
             path = str(node.target)
             copied.target = path.removeprefix(_PREFIX)

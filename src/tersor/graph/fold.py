@@ -60,11 +60,11 @@ def _fold(
     shape = [-1 if axis == rule.channel_axis else 1 for axis in range(weight.ndim)]
     old_bias = 0.0 if bias_node is None else get_tensor(graph_module, str(bias_node.target)).detach().double()
     bias = (0.0 if beta is None else beta.double()) + (old_bias - mean.double()) * factor
-    _set_parameter(graph_module, str(weight_node.target), weight.detach().double() * factor.reshape(shape))
-    bias_path = str(weight_node.target).rpartition(".")[0] + ".bias"
-    _set_parameter(graph_module, bias_path.removeprefix("."), bias)
+    set_parameter(graph_module, str(weight_node.target), weight.detach().double() * factor.reshape(shape))
+    bias_path = _free_path(graph_module, str(weight_node.target)) if bias_node is None else str(bias_node.target)
+    set_parameter(graph_module, bias_path, bias)
     with graph_module.graph.inserting_before(layer):
-        new_bias = graph_module.graph.get_attr(bias_path.removeprefix("."))
+        new_bias = graph_module.graph.get_attr(bias_path)
     arguments = [*layer.args]
     assert rule.bias is not None  # noqa: S101 - checked by the caller
     arguments[rule.bias : rule.bias + 1] = [new_bias]
@@ -72,6 +72,13 @@ def _fold(
     norm.replace_all_uses_with(layer)
     graph_module.graph.erase_node(norm)
     return factor.float()
+
+
+def _free_path(root: nn.Module, weight_path: str) -> str:
+    """Where the bias that a layer gets shall stand: beside its weight, under a name that nothing else has."""
+    parent, _, name = weight_path.rpartition(".")
+    taken = getattr(root.get_submodule(parent), "bias", None) is not None
+    return ".".join(part for part in (parent, f"{name}_bias" if taken else "bias") if part)
 
 
 def _constant(graph_module: fx.GraphModule, node: object) -> Tensor | None:
@@ -86,7 +93,8 @@ def get_tensor(root: nn.Module, path: str) -> Tensor:
     return value
 
 
-def _set_parameter(root: nn.Module, path: str, value: Tensor) -> None:
+def set_parameter(root: nn.Module, path: str, value: Tensor) -> None:
+    """Puts a new parameter at `path`; tensors that shared the old one's memory stay as they are."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, nn.Parameter(value.float(), requires_grad=False))
 

@@ -103,11 +103,11 @@ def round_bias(bias: Tensor, scale: Tensor) -> Tensor:
 
 
 def _replace_activation(graph_module: fx.GraphModule, node: fx.Node, quantizer: FakeQuantize) -> None:
-    name = str(node.target).replace(".", "_")
+    name = "q_" + str(node.target).rpartition(".")[2]
     zero_point = quantizer.zero_point.to(quantizer.dtype)
     with graph_module.graph.inserting_before(node):
         scale_node = _constant(graph_module, f"{name}_scale", quantizer.scale.reshape(()))
-        zero_node = _constant(graph_module, f"{name}_zero_point", zero_point.reshape(()))
+        zero_node = _constant(graph_module, f"{name}_zero", zero_point.reshape(()))
         new = graph_module.graph.call_function(quantize_dequantize, (node.args[0], scale_node, zero_node))
     node.replace_all_uses_with(new)
     graph_module.graph.erase_node(node)

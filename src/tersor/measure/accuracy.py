@@ -15,7 +15,7 @@ from torch import Tensor
 from tersor.core.batch import select_output
 from tersor.core.metrics import Metric
 from tersor.core.split import Split
-from tersor.errors import NonFiniteError
+from tersor.errors import DataError, NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def evaluate(
 
     Raises:
         NonFiniteError: naming split and batch, if an output is NaN or Inf.
+        DataError: likewise, if the labels do not fit the metric.
     """
     statistics, labels, predictions, confidences = [], [], [], []
     done = 0
@@ -71,7 +72,7 @@ def evaluate(
                 expected = batch.labels
             else:
                 expected = output if isinstance(against, str) else against[done : done + len(batch)]
-            statistics.append(metric.statistic(output, expected))
+            statistics.append(_statistic(metric, output, expected, f"split {split.name!r}, batch {index}"))
             if expected is not None:
                 labels.append(expected)
             if output.ndim == 2 and output.shape[1] > 1:
@@ -106,6 +107,13 @@ def score_bounds(metric: Metric) -> tuple[float, float] | None:
     if metric.bounds is None or metric.higher_is_better:
         return metric.bounds
     return -metric.bounds[1], -metric.bounds[0]
+
+
+def _statistic(metric: Metric, output: Tensor, expected: Tensor | None, where: str) -> Tensor:
+    try:
+        return metric.statistic(output, expected)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:

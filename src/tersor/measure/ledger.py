@@ -7,6 +7,7 @@ run does not delete it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from datetime import UTC, datetime
@@ -32,11 +33,20 @@ def ask(ledger: Path, *, split: str, run: str) -> int:
         line = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "split": split, "run": run}
         with disk_errors(ledger):
             ledger.parent.mkdir(parents=True, exist_ok=True)
-            with ledger.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            _append(ledger, json.dumps(line).encode() + b"\n")
     return len(runs | {run})
+
+
+def _append(ledger: Path, line: bytes) -> None:
+    """Adds a whole line or nothing: half of one would make the ledger unreadable for good."""
+    with ledger.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        if size and not ledger.read_bytes().endswith(b"\n"):
+            line = b"\n" + line
+        if stream.write(line) < len(line):
+            stream.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(stream.fileno())
 
 
 def read(ledger: Path) -> list[dict[str, str]]:
@@ -44,7 +54,7 @@ def read(ledger: Path) -> list[dict[str, str]]:
     if not ledger.exists():
         return []
     entries = []
-    for number, line in enumerate(ledger.read_text().splitlines(), start=1):
+    for number, line in enumerate(ledger.read_bytes().splitlines(), start=1):
         try:
             entry = json.loads(line)
             entries.append({key: str(entry[key]) for key in ("date", "split", "run")})

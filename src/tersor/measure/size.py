@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tersor.core.batch import Batch
@@ -29,21 +31,36 @@ def parameter_counts(module: nn.Module) -> tuple[int, int]:
 def mac_counts(module: nn.Module, batch: Batch) -> dict[str, int]:
     """Dense multiply-accumulates of one call, by module path; `""` is the whole model.
 
-    Counts convolutions, matrix products and attention, by PyTorch's own counter (two operations each).
+    Counts convolutions, matrix products and attention, by PyTorch's own counter (two operations each). `module`
+    stays as it is.
     """
-    was_training = module.training
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", message="TF32 acceleration")  # `flags` touches it on every machine
-        # oneDNN hides what an LSTM computes from the counter.
-        with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        with torch.no_grad(), _nothing_fused(), FlopCounterMode(display=False) as counter:
             batch.call(module.eval())
-    module.train(was_training)
+    finally:
+        for part, training in modes:
+            part.training = training
     root = type(module).__name__
     result = {"": counter.get_total_flops() // 2}
     for path, operators in counter.get_flop_counts().items():
         if path.startswith(f"{root}."):
             result[path.removeprefix(f"{root}.")] = sum(operators.values()) // 2
     return result
+
+
+@contextmanager
+def _nothing_fused() -> Iterator[None]:
+    """Fused kernels (oneDNN's LSTM, attention, whole encoder layers) hide from the counter what they compute."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TF32 acceleration")  # `flags` touches it on every machine
+            with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def layer_table(

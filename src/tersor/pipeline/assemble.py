@@ -83,11 +83,6 @@ def _warnings(plan: Plan, candidate: Candidate, facts: Facts, certificate: Certi
             f"budget not met: the drop may be up to {certificate.upper_bound:.4f}, allowed are "
             f"{certificate.max_drop:.4f}. This is the best so far{more}"
         )
-    if certificate is not None and certificate.times_asked > 1:
-        found.append(
-            f"the certify split has been asked by {certificate.times_asked} runs: the confidence holds for one look; "
-            "choosing among several results voids it"
-        )
     if certificate is not None and certificate.measures == "agreement":
         found.append("without labels the certificate is about agreement with the original, not about accuracy")
     found.extend(note for record in candidate.history for note in record.notes if _is_caution(note))

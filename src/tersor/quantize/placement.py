@@ -54,14 +54,13 @@ def place(graph_module: fx.GraphModule, weight_scheme: QuantScheme) -> Placement
     weights: dict[str, str] = {}
     for node in compute:
         rule = COMPUTE[node.target]
-        if rule.weight is not None:
-            weight = node.args[rule.weight]
+        weight = node.args[rule.weight] if rule.weight is not None else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":  # else an earlier layer shares it: done
             path = f"{WEIGHTS_PREFIX}.{str(weight.target).replace('.', '_')}"
-            if path not in weights:
-                scheme = weight_scheme.model_copy(update={"axis": rule.channel_axis})
-                graph_module.add_submodule(path, FakeQuantize(scheme))
-                weights[path] = str(weight.target)
-                _insert_after(graph_module, weight, path)
+            scheme = weight_scheme.model_copy(update={"axis": rule.channel_axis})
+            graph_module.add_submodule(path, FakeQuantize(scheme))
+            weights[path] = str(weight.target)
+            _insert_after(graph_module, weight, path)
     graph_module.recompile()
     return Placement(activations, weights, tuple(node.name for node in compute))
 
@@ -138,10 +137,14 @@ class _Groups:
             return self.find(value)
         self.parent[value] = value
         if value.target in TRANSPARENT:
-            self.join(value, self.add(value.all_input_nodes[0]))
+            sources = value.all_input_nodes[:1]
         elif value.target in SHARED:
-            for operand in value.all_input_nodes:
-                self.join(value, self.add(operand))
+            sources = value.all_input_nodes
+        else:
+            sources = []
+        for source in sources:
+            if source.op != "get_attr":  # a parameter is no activation: only what is made of it is rounded
+                self.join(value, self.add(source))
         return self.find(value)
 
     def find(self, value: fx.Node) -> fx.Node:

@@ -25,7 +25,7 @@ from tersor.core.signature import dynamic_dimensions, input_names
 from tersor.core.step import Kind, Step
 from tersor.errors import DataError, UnsupportedError
 from tersor.graph import FakeQuantize, capture, fold_batch_norm
-from tersor.graph.fold import get_tensor
+from tersor.graph.fold import get_tensor, set_parameter
 from tersor.graph.lower import bias_scale, round_bias
 from tersor.graph.rules import COMPUTE
 from tersor.probe import histograms
@@ -129,16 +129,27 @@ def _set_weight_ranges(simulation: fx.GraphModule, placement: Placement) -> None
 
 
 def _round_biases(simulation: fx.GraphModule) -> None:
-    """Puts every bias on the int32 grid that the kernels add it in, so that the simulation is exact."""
-    for node in simulation.graph.nodes:
+    """Puts every bias on the int32 grid that the kernels add it in, so that the simulation is exact.
+
+    A bias that several layers share becomes one for each: their grids differ as their inputs do.
+    """
+    for node in list(simulation.graph.nodes):
         rule = COMPUTE.get(node.target)
         if rule is None or rule.bias is None or len(node.args) <= rule.bias:
             continue
         bias_node, scale = node.args[rule.bias], bias_scale(simulation, node)
-        if scale is not None and isinstance(bias_node, fx.Node) and bias_node.op == "get_attr":
-            bias = get_tensor(simulation, str(bias_node.target))
-            with torch.no_grad():
-                bias.copy_(round_bias(bias, scale) * scale.double())
+        if scale is None or not isinstance(bias_node, fx.Node) or bias_node.op != "get_attr":
+            continue
+        path = str(bias_node.target)
+        rounded = round_bias(get_tensor(simulation, path), scale) * scale.double()
+        if len(bias_node.users) > 1:
+            path = f"{path}_{node.name}"
+        set_parameter(simulation, path, rounded)
+        with simulation.graph.inserting_before(node):
+            node.update_arg(rule.bias, simulation.graph.get_attr(path))
+        if not bias_node.users:
+            simulation.graph.erase_node(bias_node)
+    simulation.recompile()
 
 
 def _plan(simulation: fx.GraphModule, placement: Placement, factors: Mapping[str, Tensor]) -> QuantPlan:

@@ -110,28 +110,29 @@ def _store_as_integers(graph: Any, path: str, constant: IntegerConstant) -> None
             turned = IntegerConstant(
                 constant.codes.permute(order).contiguous(), constant.scale, order.index(constant.axis)
             )
-            output = _dequantized(graph, f"{path}_transposed", turned)
+            output = _dequantized(graph, f"{path}.T", turned)
             user.outputs[0].replace_all_uses_with(output)
             graph.remove(user, safe=True)
+    del graph.initializers[path]
+    value.name = f"{path}.float"  # the dequantized value takes the name over
     if value.uses():
         value.replace_all_uses_with(_dequantized(graph, path, constant))
-    del graph.initializers[path]
 
 
 def _dequantized(graph: Any, name: str, constant: IntegerConstant) -> Any:
     parts = {
-        "codes": constant.codes,
+        "q": constant.codes,
         "scale": constant.scale,
-        "zero_point": torch.zeros(len(constant.scale), dtype=constant.codes.dtype),
+        "zero": torch.zeros(len(constant.scale), dtype=constant.codes.dtype),
     }
     inputs = []
     for suffix, tensor in parts.items():
         array = tensor.numpy()
-        value = onnx_ir.val(f"{name}_{suffix}", const_value=onnx_ir.tensor(array, name=f"{name}_{suffix}"))
+        value = onnx_ir.val(f"{name}.{suffix}", const_value=onnx_ir.tensor(array, name=f"{name}.{suffix}"))
         graph.register_initializer(value)
         inputs.append(value)
     node = onnx_ir.node("DequantizeLinear", inputs, attributes={"axis": constant.axis})
-    node.outputs[0].name = f"{name}_dequantized"
+    node.outputs[0].name = name
     graph.insert_before(graph[0], node)
     return node.outputs[0]
 
@@ -141,6 +142,7 @@ def _strip(model: Any) -> None:
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     for node in model.graph:
+        node.name = None
         node.metadata_props.clear()
         for output in node.outputs:
             output.metadata_props.clear()
