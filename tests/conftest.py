@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -198,6 +199,24 @@ def in_this_process(
 def quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs whose times do not matter take seconds less: three processes need not start."""
     monkeypatch.setattr("tersor.pipeline.measuring.latency", in_this_process)
+
+
+@pytest.fixture(scope="session")
+def deployed(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tersor.Result]:
+    """Whole runs with nothing replaced, each made once: `deployed("onnxruntime", "int8")`."""
+
+    @cache
+    def run(runtime: str, recipe: str) -> tersor.Result:
+        return tersor.compress(
+            problem.model(),
+            problem.task(preprocessing="noise over a pattern"),
+            out=tmp_path_factory.mktemp(f"{runtime}-{recipe}") / "run",
+            budget=tersor.Budget(max_drop=0.02, rounds=1),
+            target=tersor.Target(runtime, threads=THREADS),
+            recipe=recipe,
+        )
+
+    return run
 
 
 def run_python(script: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -42,13 +42,8 @@ def children() -> set[int]:
     return {int(number) for number in listed.read_text().split()} if listed.exists() else set()
 
 
-def local(body: Callable[..., Any]) -> Callable[[], Call]:
-    """A factory that travels by value: the measuring process need not import this file."""
-    return lambda: body
-
-
 def by_value(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, as cloudpickle sees it: no module to import, so that a process starts fast."""
+    """Makes a factory travel by value: the measuring process need not import this file, and starts sooner."""
     factory.__module__ = "__main__"
     return factory
 
@@ -68,14 +63,26 @@ def sleeper(milliseconds: float) -> Callable[[], Call]:
 # --- numbers
 
 
-def test_two_known_contestants_come_out_in_proportion() -> None:
+def hungry() -> Call:
+    import numpy as np
+
+    block = np.ones(30_000_000)  # 240 MB
+
+    def call(*args: Any) -> float:
+        return float(block[0])
+
+    return call
+
+
+def test_known_contestants_come_out_in_proportion() -> None:
     progress: list[tuple[int, int]] = []
     before = children()
-    contestants = {"slow": Contestant(sleeper(6)), "fast": Contestant(sleeper(2))}
+    factories = {"slow": sleeper(6), "fast": sleeper(2), "hungry": by_value(hungry)}
+    contestants = {name: Contestant(factory) for name, factory in factories.items()}
     found = latency(
         contestants, BATCH, threads=1, protocol=QUICK, progress=lambda done, total: progress.append((done, total))
     )
-    assert list(found) == ["slow", "fast"]
+    assert list(found) == ["slow", "fast", "hungry"]
     slow, fast = found["slow"].latency, found["fast"].latency
     assert 6 <= slow.best <= slow.median < 12
     assert 2 <= fast.best <= fast.median < 5
@@ -85,8 +92,16 @@ def test_two_known_contestants_come_out_in_proportion() -> None:
     assert slow.n >= 2 * QUICK.min_calls
     assert fast.n > slow.n  # the faster one is called more often in the same time
     assert children() == before
+    # Memory of the model counts, that of what everybody imports does not.
+    small, large = found["fast"].peak_memory_bytes, found["hungry"].peak_memory_bytes
+    if Path("/proc/self/status").exists():
+        assert small is not None
+        assert large is not None
+        assert small < 100e6
+        assert 200e6 < large < 400e6
 
 
+@pytest.mark.slow
 def test_inputs_arrive_as_arrays_by_position_and_by_name() -> None:
     def checking() -> Call:
         import os
@@ -103,25 +118,6 @@ def test_inputs_arrive_as_arrays_by_position_and_by_name() -> None:
 
     batch = Batch((torch.tensor([[0.0, 1.0]]),), {"mask": torch.tensor([1])}, None)
     assert measured(checking=by_value(checking), batch=batch)["checking"].latency.n >= 6
-
-
-def test_memory_of_the_model_counts_and_that_of_its_imports_does_not() -> None:
-    def hungry() -> Call:
-        import numpy as np
-
-        block = np.ones(30_000_000)  # 240 MB
-
-        def call(*args: Any) -> float:
-            return float(block[0])
-
-        return call
-
-    found = measured(hungry=by_value(hungry), modest=sleeper(0.1))
-    if found["hungry"].peak_memory_bytes is None:
-        pytest.skip("this system does not tell the peak memory of a process")
-    assert found["modest"].peak_memory_bytes is not None
-    assert 200e6 < found["hungry"].peak_memory_bytes < 400e6
-    assert found["modest"].peak_memory_bytes < 100e6
 
 
 def test_a_summary_has_every_number_in_milliseconds() -> None:
@@ -163,6 +159,7 @@ def test_a_contestant_that_cannot_be_loaded_is_named_with_its_last_words() -> No
     assert children() == before
 
 
+@pytest.mark.slow
 def test_a_contestant_that_fails_later_ends_all_processes() -> None:
     def tiring() -> Call:
         calls = []
@@ -180,6 +177,7 @@ def test_a_contestant_that_fails_later_ends_all_processes() -> None:
     assert children() == before
 
 
+@pytest.mark.slow
 def test_last_words_that_are_no_text_are_still_told() -> None:
     def babbling() -> Call:
         import os
@@ -199,6 +197,7 @@ def test_a_contestant_that_hangs_is_killed() -> None:
     assert children() == before
 
 
+@pytest.mark.slow
 def test_a_contestant_that_is_killed_from_outside_is_told() -> None:
     def suicidal() -> Call:
         import os
@@ -219,6 +218,7 @@ def test_what_cannot_be_pickled_is_refused_before_a_process_starts() -> None:
     assert children() == before
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_process_behind() -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -232,7 +232,7 @@ def test_an_interrupt_leaves_no_process_behind() -> None:
 # --- what models do
 
 
-def test_models_that_print_do_not_break_the_protocol(capfd: pytest.CaptureFixture[str]) -> None:
+def test_models_that_print_and_read_do_not_break_the_protocol(capfd: pytest.CaptureFixture[str]) -> None:
     def chatty() -> Call:
         import os
         import sys
@@ -244,6 +244,7 @@ def test_models_that_print_do_not_break_the_protocol(capfd: pytest.CaptureFixtur
             print("ready")
             os.write(1, b"1 1 1\n")
             print("and this", file=sys.stderr)
+            assert sys.stdin.readline() == ""  # would eat a question
 
         return call
 
@@ -252,19 +253,7 @@ def test_models_that_print_do_not_break_the_protocol(capfd: pytest.CaptureFixtur
     assert capfd.readouterr().out == ""
 
 
-def test_models_that_read_standard_input_do_not_eat_the_questions() -> None:
-    def curious() -> Call:
-        import sys
-
-        def call(*args: Any) -> None:
-            sys.stdin.readline()
-
-        return call
-
-    protocol = QUICK.model_copy(update={"timeout_seconds": 20.0})
-    assert measured(curious=by_value(curious), protocol=protocol)["curious"].latency.n >= 6
-
-
+@pytest.mark.slow
 def test_a_module_of_this_file_can_be_measured() -> None:
     assert measured(module=lambda: Doubling())["module"].latency.n >= 6
 
@@ -314,6 +303,7 @@ def test_a_model_that_a_script_defines_can_be_measured_without_a_main_guard(tmp_
     assert done.stderr.count("this line") == 1
 
 
+@pytest.mark.slow
 def test_the_measuring_process_ends_with_its_parent(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -54,8 +54,10 @@ def as_batch(item: Any, where: str = "batch") -> Batch:
     if isinstance(item, Mapping):
         fields = {str(key): value for key, value in item.items()}
         label = next((fields.pop(key) for key in LABEL_KEYS if key in fields), None)
-        if not fields or not all(isinstance(value, Tensor) for value in [*fields.values()]):
+        if not fields or not all(isinstance(value, Tensor) for value in fields.values()):
             raise DataError(f"{where}: expected a dict of tensors, got {_describe(item)}")
+        if label is not None and not isinstance(label, Tensor):
+            raise DataError(f"{where}: labels must be a tensor, got {_describe(label)}")
         return Batch((), fields, label)
     if isinstance(item, Sequence) and item and all(isinstance(value, Tensor) for value in item):
         if len(item) == 1:

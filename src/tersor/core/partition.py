@@ -59,7 +59,9 @@ def partition(whole: Split, shares: Mapping[str, float], seed: int) -> dict[str,
 
 
 def _integer_labels(whole: Split) -> torch.Tensor | None:
-    labels = whole.labels
-    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+    first = whole.batch([0]).labels
+    if first is None or first.ndim != 1 or first.is_floating_point():
         return None
+    labels = whole.labels
+    assert labels is not None  # noqa: S101 - the first example has one
     return labels if bool((torch.unique(labels, return_counts=True)[1] > 1).all()) else None

@@ -43,11 +43,11 @@ def as_dataset(data: Any, name: str) -> Dataset[Any]:
     if isinstance(data, np.ndarray | Tensor):
         data = (data,)
     if isinstance(data, Mapping):
-        columns = {str(key): torch.as_tensor(value) for key, value in data.items()}
+        columns = {str(key): _as_tensor(value, name) for key, value in data.items()}
         _check_lengths(columns, name)
         return _Columns(columns)
     if isinstance(data, tuple) and data and all(isinstance(part, np.ndarray | Tensor) for part in data):
-        tensors = [torch.as_tensor(part) for part in data]
+        tensors = [_as_tensor(part, name) for part in data]
         _check_lengths({str(index): tensor for index, tensor in enumerate(tensors)}, name)
         return TensorDataset(*tensors)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | bytes):
@@ -58,8 +58,18 @@ def as_dataset(data: Any, name: str) -> Dataset[Any]:
     )
 
 
+def _as_tensor(values: Any, name: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"split {name!r}: expected numbers, got {type(values).__name__} ({error})") from None
+    if tensor.ndim == 0:
+        raise DataError(f"split {name!r}: expected one row per example, got a single number")
+    return tensor
+
+
 def _check_lengths(columns: Mapping[str, Tensor], name: str) -> None:
-    lengths = {key: (len(column) if column.ndim else 0) for key, column in columns.items()}
+    lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) != 1:
         raise DataError(f"split {name!r}: all tensors must have the same first dimension, got {lengths}")
 
@@ -129,17 +139,14 @@ class Split:
     def keys(self) -> list[bytes]:
         """A content hash per example, over its inputs (labels left out)."""
         keys: list[bytes] = []
-        for batch in self.batches(256):
+        # One by one where a collation may pad: an example's hash must not depend on its neighbours.
+        for batch in self.batches(256 if self.collate is None else 1):
             tensors = sorted(batch.tensors().items())
             for row in range(len(batch)):
                 digest = hashlib.blake2b(digest_size=16)
                 for name, tensor in tensors:
                     digest.update(f"{name}{tensor.dtype}".encode())
-                    digest.update(
-                        tensor[row].contiguous().view(torch.uint8).numpy().tobytes()
-                        if tensor[row].ndim
-                        else tensor[row].numpy().tobytes()
-                    )
+                    digest.update(tensor[row].contiguous().flatten().view(torch.uint8).numpy().tobytes())
                 keys.append(digest.digest())
         return keys
 

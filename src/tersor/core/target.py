@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tersor.core.config import Config
 
@@ -28,6 +28,19 @@ class Target(Config):
     batch: int = Field(default=1, ge=1)
     dynamic: dict[str, dict[int, str]] = Field(default_factory=dict)
     reduce_range: bool | None = None
+
+    @field_validator("dynamic", mode="before")
+    @classmethod
+    def _dimensions_from_json(cls, value: Any) -> Any:
+        """JSON has no integer keys."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: {int(axis) if str(axis).isdecimal() else axis: label for axis, label in dims.items()}
+            if isinstance(dims, dict)
+            else dims
+            for name, dims in value.items()
+        }
 
     def __init__(self, runtime: str = "onnxruntime", **fields: Any) -> None:
         super().__init__(runtime=runtime, **fields)

@@ -169,7 +169,9 @@ class Task:
 def _shared(split: Split, other: Split) -> list[int]:
     """Positions in `split` whose examples are also in `other`: the same item of one dataset, or equal content."""
     if split.dataset is other.dataset:
-        return [int(position) for position in np.flatnonzero(np.isin(split.indices, other.indices))]
+        same = np.flatnonzero(np.isin(split.indices, other.indices))
+        if len(same):
+            return [int(position) for position in same]
     theirs = set(other.keys)
     return [position for position, key in enumerate(split.keys) if key in theirs]
 

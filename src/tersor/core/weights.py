@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,15 +22,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ArtifactError(f"weights file {file} does not exist")
     try:
-        if file.suffix == ".safetensors":
-            return load_file(str(file))
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch has to say about a damaged file, the error says too
+            if file.suffix == ".safetensors":
+                return load_file(str(file))
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise nearly everything: struct.error, IndexError, AssertionError …
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ArtifactError(
-            f"{file} is damaged or holds more than weights ({str(error).splitlines()[0][:200]}); it was not loaded. "
+            f"{file} is damaged or holds more than weights ({reason}); it was not loaded. "
             "Save weights with safetensors.torch.save_file(model.state_dict(), ...)"
         ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise ArtifactError(f"{file} must hold a state dict (names to tensors), got {type(loaded).__name__}")
     return loaded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def capture(
     dims = {label: torch.export.Dim(label) for label in sorted(labels)}
     shapes = tuple({axis: dims[label] for axis, label in dynamic[name].items()} for name in names)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # e.g. that an LSTM keeps a list of its weights, which does no harm
             program = torch.export.export(wrapped, input_tensors(batch), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         lines = str(error).strip().splitlines()

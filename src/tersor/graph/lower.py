@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.graph.fake_quantize import FakeQuantize
-from tersor.graph.fold import get_tensor, remove_unused_attributes
+from tersor.graph.fold import get_tensor, remove_unused_attributes, set_parameter
 from tersor.graph.operators import quantize_dequantize
 from tersor.graph.rules import COMPUTE
 
@@ -63,9 +63,9 @@ def lower(simulation: nn.Module) -> Lowered:
         if not quantizer.enabled:
             node.replace_all_uses_with(source)
         elif source.op == "get_attr":
-            path = str(source.target)
-            codes = quantizer.codes(get_tensor(graph_module, path))
-            constants[path] = IntegerConstant(codes, quantizer.scale, quantizer.scheme.axis or 0)
+            path, values = str(source.target), get_tensor(graph_module, str(source.target))
+            constants[path] = IntegerConstant(quantizer.codes(values), quantizer.scale, quantizer.scheme.axis or 0)
+            set_parameter(graph_module, path, quantizer(values))
             node.replace_all_uses_with(source)
         else:
             _replace_activation(graph_module, node, quantizer)

@@ -136,7 +136,7 @@ class _Worker:
 
     def __enter__(self) -> Self:
         scratch = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.errors = self.stack.enter_context((scratch / "stderr").open("w+"))
+        self.errors = self.stack.enter_context((scratch / "stderr").open("w+", errors="replace"))
         path = scratch / "payload"
         try:
             # Pickled twice, so that the child can look at its memory before the model exists.

@@ -63,10 +63,11 @@ def serve(payload_path: Path, questions: TextIO, answers: TextIO) -> None:
 
 
 def main() -> None:
-    """Keeps standard output for answers: whatever the model prints goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w")
+    """Keeps the pipes for questions and answers: a model reads nothing, and what it prints goes to standard error."""
+    questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    serve(Path(sys.argv[1]), sys.stdin, answers)
+    serve(Path(sys.argv[1]), questions, answers)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tersor.recipes import resolve
 from tersor.runtimes import Runtime, get_runtime
 
 EXAMPLE_BATCH = 2
+MINIMUM_FOR_BOOTSTRAP = 100  # below, resampling knows too little of the spread to mean anything
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,18 @@ def _check_budget(task: Task, budget: Budget) -> None:
     if budget.max_drop is None:
         return
     split = task.require("certify", "a budget with max_drop")
-    if budget.max_drop > 0 and task.metric.bounds == (0.0, 1.0):
+    needed = 0
+    if task.metric.bounds is None:
+        needed = MINIMUM_FOR_BOOTSTRAP
+    elif budget.max_drop > 0 and task.metric.bounds == (0.0, 1.0):
         needed = smallest_certifiable(min(budget.max_drop, 1.0), budget.confidence)
-        if len(split) < needed:
-            raise SplitTooSmallError(
-                f"split 'certify' has {len(split)} examples; to certify a drop of at most {budget.max_drop:g} at "
-                f"confidence {budget.confidence:g} at least {needed} are needed even if no prediction changes. Give "
-                "it more examples, allow a larger max_drop, or pass Budget(max_drop=None) to do without"
-            )
+    if len(split) < needed:
+        raise SplitTooSmallError(
+            f"split 'certify' has {len(split)} examples; to certify a drop of at most {budget.max_drop:g} of "
+            f"{task.metric.name} at confidence {budget.confidence:g} at least {needed} are needed even if no "
+            "prediction changes. Give it more examples, allow a larger max_drop, or pass Budget(max_drop=None) to do "
+            "without"
+        )
 
 
 def _hash(data: Any) -> str:

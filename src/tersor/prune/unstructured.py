@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tersor.core.candidate import Candidate, apply_masks
 from tersor.core.context import Context
 from tersor.core.step import Kind, Step
-from tersor.errors import UnsupportedError
+from tersor.errors import ConfigError, UnsupportedError
 from tersor.prune import criteria
 
 
@@ -43,7 +43,15 @@ def unstructured_masks(
 
     Returns:
         Parameter path -> boolean mask of its shape, True where kept.
+
+    Raises:
+        ConfigError: if a share is out of range or the criterion is unknown.
+        UnsupportedError: if there is nothing to prune.
     """
+    if not 0 <= sparsity < 1 or not 0 <= floor < 1:
+        raise ConfigError(f"sparsity and floor must be in [0, 1), got {sparsity} and {floor}")
+    if criterion not in criteria.__all__:
+        raise ConfigError(f"criterion: expected one of {criteria.__all__}, got {criterion!r}")
     score = getattr(criteria, criterion)
     weights = {path: weight for path, weight in module.named_parameters() if weight.ndim >= 2}
     if not weights:
@@ -53,13 +61,13 @@ def unstructured_masks(
     scores = {}
     for path, weight in weights.items():
         values = score(weight).flatten().float()
-        if masks and path in masks:
-            values = values.masked_fill(~masks[path].flatten(), -1.0)
+        gone = ~masks[path].flatten() if masks and path in masks else torch.zeros_like(values, dtype=torch.bool)
         kept = max(1, round(floor * len(values)))
-        values[values.topk(kept).indices] = torch.inf
-        scores[path] = values
+        values[values.masked_fill(gone, -torch.inf).topk(kept).indices] = torch.inf
+        scores[path] = values.masked_fill(gone, -torch.inf)
     ranked = torch.cat(list(scores.values()))
-    removed = min(round(sparsity * len(ranked)), int((ranked < torch.inf).sum()))
+    already = int((ranked == -torch.inf).sum())
+    removed = max(already, min(round(sparsity * len(ranked)), int((ranked < torch.inf).sum())))
     mask = torch.ones(len(ranked), dtype=torch.bool)
     mask[ranked.argsort(stable=True)[:removed]] = False
     parts = torch.split(mask, [len(values) for values in scores.values()])

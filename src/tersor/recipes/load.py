@@ -42,7 +42,10 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     if not isinstance(data, Mapping) or set(data) - {"name", "steps"} or not isinstance(data.get("steps"), list):
         raise ConfigError(f"{where}: expected a mapping with 'name' and a list 'steps', got {data!r}")
     steps = [_step(entry, f"{where}, step {position}") for position, entry in enumerate(data["steps"], start=1)]
-    return Recipe(steps, name=str(data.get("name", "custom")))
+    name = data.get("name", "custom")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: 'name' must be text, got {name!r}")
+    return Recipe(steps, name=name)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -82,8 +85,8 @@ def _step(entry: Any, where: str) -> Step:
     known = step_types()
     if name not in known:
         raise ConfigError(f"{where}: expected a step of {sorted(known)}, got {name!r}")
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigError(f"{where} ({name}): settings must be a mapping, got {settings!r}")
+    if settings is not None and not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
+        raise ConfigError(f"{where} ({name}): settings must be a mapping of names to values, got {settings!r}")
     try:
         return known[name](**(settings or {}))
     except ConfigError as error:

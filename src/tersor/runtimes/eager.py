@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -13,7 +14,7 @@ from tersor.core.batch import Batch, select_output
 from tersor.core.candidate import Candidate
 from tersor.core.signature import Signature
 from tersor.core.target import Target
-from tersor.errors import ArtifactError, UnsupportedError
+from tersor.errors import ArtifactError, OutputDirectoryError, UnsupportedError
 from tersor.runtimes.base import Array, Build, Runtime, Session
 
 FILE = "model.safetensors"
@@ -51,7 +52,10 @@ class Eager(Runtime):
         if candidate.plan is not None:
             raise UnsupportedError(f"runtime {self.name!r} has no integer kernels here; use onnxruntime or openvino")
         path = directory / FILE
-        save_model(candidate.module, str(path))
+        try:
+            save_model(candidate.module, str(path))
+        except SafetensorError as error:  # its own form of an OSError
+            raise OutputDirectoryError(f"cannot write {path}: {error}; free space or choose another directory") from error
         return [path]
 
     def load(
@@ -66,7 +70,7 @@ class Eager(Runtime):
         module = model()
         try:
             load_model(module, str(directory / FILE))
-        except (RuntimeError, ValueError) as error:
+        except (SafetensorError, RuntimeError, ValueError) as error:
             raise ArtifactError(
                 f"the weights in {directory / FILE} do not fit the module that model() returned: "
                 f"{' '.join(str(error).split())[:300]}"

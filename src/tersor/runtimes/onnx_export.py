@@ -104,14 +104,15 @@ def _store_as_integers(graph: Any, path: str, constant: IntegerConstant) -> None
     the operator that computes with it, where runtimes look for it.
     """
     value = graph.initializers[path]
+    turned: dict[tuple[int, ...], Any] = {}  # a weight that several layers share is stored once
     for user, _ in list(value.uses()):
         if user.op_type == "Transpose":
-            order = list(user.attributes["perm"].as_ints())
-            turned = IntegerConstant(
-                constant.codes.permute(order).contiguous(), constant.scale, order.index(constant.axis)
-            )
-            output = _dequantized(graph, f"{path}.T", turned)
-            user.outputs[0].replace_all_uses_with(output)
+            order = tuple(user.attributes["perm"].as_ints())
+            if order not in turned:
+                codes, axis = constant.codes.permute(order).contiguous(), order.index(constant.axis)
+                name = f"{path}.T{len(turned) or ''}"
+                turned[order] = _dequantized(graph, name, IntegerConstant(codes, constant.scale, axis))
+            user.outputs[0].replace_all_uses_with(turned[order])
             graph.remove(user, safe=True)
     del graph.initializers[path]
     value.name = f"{path}.float"  # the dequantized value takes the name over

@@ -14,7 +14,7 @@ from tersor.core.batch import Batch
 from tersor.core.candidate import Candidate
 from tersor.core.signature import Signature
 from tersor.core.target import Target
-from tersor.errors import ExportError
+from tersor.errors import ExportError, OutputDirectoryError
 from tersor.runtimes.base import Array, Build, Runtime, Session
 from tersor.runtimes.onnx_export import write_onnx
 
@@ -65,9 +65,15 @@ class OpenVino(Runtime):
             write_onnx(candidate, example, source, signature)
             try:
                 model = openvino.convert_model(str(source))
-                openvino.save_model(model, str(directory / FILE), compress_to_fp16=False)
             except Exception as error:
                 raise ExportError(f"OpenVINO could not convert the model: {str(error).splitlines()[0]}") from error
+            try:
+                openvino.save_model(model, str(directory / FILE), compress_to_fp16=False)
+            except Exception as error:  # a full disk reads "basic_ios::clear: iostream error"
+                raise OutputDirectoryError(
+                    f"OpenVINO cannot write {directory / FILE} ({str(error).splitlines()[0]}); is the disk full or "
+                    "read-only? Free space or choose another directory"
+                ) from error
         return [directory / FILE, directory / "model.bin"]
 
     def load(

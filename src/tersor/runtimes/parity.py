@@ -63,10 +63,10 @@ def _cases(example: Callable[[int], Batch], signature: Signature) -> Iterator[tu
         batch = example(2)
         tensors, length = {}, 0
         for (key, tensor), spec in zip(batch.tensors().items(), signature.inputs, strict=True):
-            if label in spec.shape:
-                axis = spec.shape.index(label)
-                length = (tensor.shape[axis] + 1) // 2
-                tensor = tensor.narrow(axis, 0, length)
+            for axis, size in enumerate(spec.shape):
+                if size == label:
+                    length = (tensor.shape[axis] + 1) // 2
+                    tensor = tensor.narrow(axis, 0, length)
             tensors[key] = tensor
         positional = tuple(tensors[str(index)] for index in range(len(batch.args)))
         yield f"{label} = {length}", Batch(positional, {key: tensors[key] for key in batch.kwargs}, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -48,7 +49,7 @@ def fit(
     """Trains `module` in place and leaves it in evaluation mode.
 
     The result is the last step's, never a best one picked on some split. The same seed gives the same weights,
-    bit for bit, on the same machine.
+    bit for bit, on the same machine. A last batch of one example is left out: BatchNorm cannot train on it.
 
     Args:
         module: Trained in place.
@@ -66,16 +67,21 @@ def fit(
         NonFiniteError: if the loss becomes NaN or Inf, naming epoch and step.
     """
     steps_per_epoch = -(-len(split) // schedule.batch_size)
+    if schedule.batch_size > 1 and steps_per_epoch > 1 and len(split) % schedule.batch_size == 1:
+        steps_per_epoch -= 1
     total = schedule.epochs * steps_per_epoch
     losses: list[float] = []
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         optimizer = _optimizer(module, schedule)
-        scheduler = OneCycleLR(optimizer, schedule.lr, total_steps=total + 1, pct_start=schedule.warmup)
+        scheduler = OneCycleLR(
+            optimizer, schedule.lr, total_steps=total + 1, pct_start=schedule.warmup, cycle_momentum=False
+        )
         module.train()
         for epoch in range(schedule.epochs):
             running = 0.0
-            for step, batch in enumerate(split.shuffled(schedule.batch_size, seed * 1_000_003 + epoch)):
+            batches = split.shuffled(schedule.batch_size, seed * 1_000_003 + epoch)
+            for step, batch in enumerate(islice(batches, steps_per_epoch)):
                 batch.check_finite(f"training batch {step} of epoch {epoch}")
                 optimizer.zero_grad(set_to_none=True)
                 value = loss(module, batch)

@@ -1,0 +1,111 @@
+"""Checks the documentation: links lead somewhere, and numbers stand in the benchmark results they claim to come from.
+
+    python docs/check.py            # fails if something is wrong
+    python docs/check.py --write    # renders the numbers anew from benchmarks/results
+
+A block between `<!-- numbers: NAME -->` and `<!-- end -->` is rendered by the function of that name below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+LINK = re.compile(r"\[[^\]]*\]\((?!https?://|#|mailto:)([^)#\s]+)")
+BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def _result(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def int8_latency() -> str:
+    """ResNet-56: time, accuracy and bytes of every contestant."""
+    result = _result("int8_peers")
+    lines = [
+        "| | batch 1, ms | x eager | batch 64, ms | x eager | top-1, % | drop, points [95 % interval] | kB |",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for name, small in result["batch_1"].items():
+        large, accuracy = result["batch_64"][name], result["accuracy"][name]
+        drop = (
+            ""
+            if "drop_points" not in accuracy
+            else (f"{accuracy['drop_points']:+.2f} [{accuracy['low_points']:+.2f}, {accuracy['high_points']:+.2f}]")
+        )
+        size = result["size_bytes"].get(name)
+        lines.append(
+            f"| {name} | {small['median']:.2f} | {small['ratio_to_eager']:.1f} | {large['median']:.1f} | "
+            f"{large['ratio_to_eager']:.1f} | {accuracy['top1_percent']:.2f} | {drop} | "
+            f"{'' if size is None else f'{size / 1000:,.0f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def int8_ratios() -> str:
+    """Our time over the peers', paired by round."""
+    result = _result("int8_peers")
+    lines = ["| time ratio, below 1 means that tersor is faster | batch 1 | batch 64 |", "|---|---:|---:|"]
+    for pair, small in result["batch_1_time_ratio"].items():
+        lines.append(f"| {pair} | {small:.3f} | {result['batch_64_time_ratio'][pair]:.3f} |")
+    return "\n".join(lines)
+
+
+def int8_compress() -> str:
+    """Seconds to compress."""
+    result = _result("int8_peers")
+    lines = ["| seconds to compress, export included | median | range | n |", "|---|---:|---|---:|"]
+    for name, taken in result["compress_seconds"].items():
+        lines.append(f"| {name} | {taken['median']:.1f} | {taken['min']:.1f} to {taken['max']:.1f} | {taken['n']} |")
+    ratio = result["compress_ratio"]["tersor / nncf, openvino"]
+    return "\n".join([*lines, "", f"Median of the paired ratios tersor / NNCF (OpenVINO): {ratio:.2f}."])
+
+
+def environment() -> str:
+    """Where it was measured."""
+    facts = _result("int8_peers")["environment"]
+    has_vnni = any("vnni" in flag for flag in facts["cpu_flags"])
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime", "openvino", "nncf"))
+    return (
+        f"{facts['cpu']} ({facts['machine']}, {'with' if has_vnni else 'without'} VNNI), {facts['cores']} cores, "
+        f"{facts['threads']} threads, {versions}, {facts['date'][:10]}."
+    )
+
+
+RENDERERS: dict[str, Callable[[], str]] = {
+    function.__name__: function for function in (int8_latency, int8_ratios, int8_compress, environment)
+}
+
+
+def check(path: Path, *, write: bool) -> list[str]:
+    """Problems of one document; with `write`, its number blocks are rendered anew first."""
+    text = path.read_text()
+    rendered = BLOCK.sub(lambda block: f"{block[1]}{RENDERERS[block[2]]()}\n{block[4]}", text)
+    if write and rendered != text:
+        path.write_text(rendered)
+        text = rendered
+    name = path.relative_to(ROOT)
+    problems = [] if rendered == text else [f"{name}: numbers differ from benchmarks/results; run with --write"]
+    for target in LINK.findall(text):
+        if not (path.parent / target).exists():
+            problems.append(f"{name}: {target} does not exist")
+    return problems
+
+
+def main() -> None:
+    """Checks every Markdown file outside hidden and generated directories."""
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    problems = [problem for path in sorted(documents) for problem in check(path, write="--write" in sys.argv)]
+    print("\n".join(problems) or f"{len(documents)} documents are in order")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
