@@ -26,7 +26,6 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
 import tersor
-from tersor.report import render_table
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -147,7 +146,7 @@ def main() -> None:
             recipe="int8",
             out=arguments.out / target,
         )
-        Console().print(render_table(result.report))
+        Console().print(result)
         print(f"artifact: {result.artifact}")
 
 

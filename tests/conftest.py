@@ -67,7 +67,7 @@ def images():
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(CLASSES, 1, 8, 8, generator=generator)
     labels = torch.arange(2000) % CLASSES
-    return patterns[labels] + 1.2 * torch.randn(2000, 1, 8, 8, generator=generator), labels
+    return patterns[labels] + 0.8 * torch.randn(2000, 1, 8, 8, generator=generator), labels
 
 
 def splits():
@@ -147,7 +147,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     x, y = module.splits()["train"]
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
+    for _ in range(6):
         for chosen in torch.randperm(len(x), generator=generator).split(50):
             optimizer.zero_grad()
             functional.cross_entropy(net(x[chosen]), y[chosen]).backward()

@@ -271,11 +271,11 @@ def test_the_callers_model_stays_as_it_is(
     model[4].weight.grad = torch.ones_like(model[4].weight)
     before = noticed(model)
     torch.manual_seed(7)
-    random_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    random_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     result = tersor.compress(model, problem.task(), out=tmp_path / "run", budget=BUDGET, target=target, recipe=recipe)
     assert noticed(model) == before
     assert torch.equal(torch.random.get_rng_state(), random_state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == numpy_state).all()
     assert torch.get_num_threads() == 1
     ours = {parameter.data_ptr() for parameter in model.parameters()}
     assert ours.isdisjoint(parameter.data_ptr() for parameter in result.model.parameters())

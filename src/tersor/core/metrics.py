@@ -117,7 +117,7 @@ def _nll(outputs: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _perplexity(nll: Tensor, labels: Tensor | None) -> float:
-    return math.exp(_mean(nll, labels))
+    return float(nll.double().mean().exp())  # infinite where it overflows, which `value` refuses
 
 
 METRICS = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.batch import Batch, Flattened
-from tersor.errors import CaptureError
+from tersor.errors import CaptureError, OutputError
 
 _PREFIX = "module."
 
@@ -38,6 +38,7 @@ def capture(
 
     Raises:
         CaptureError: with the first line of `torch.export`'s own reason.
+        OutputError: if the model returns several values and none was declared.
     """
     wrapped = Flattened(copy.deepcopy(module), tuple(batch.kwargs), output).eval()
     labels = {label for dims in dynamic.values() for label in dims.values()}
@@ -47,6 +48,8 @@ def capture(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # e.g. that an LSTM keeps a list of its weights, which does no harm
             program = torch.export.export(wrapped, input_tensors(batch), dynamic_shapes=(shapes,), strict=False)
+    except OutputError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise CaptureError(

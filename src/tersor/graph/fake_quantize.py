@@ -59,10 +59,13 @@ class FakeQuantize(nn.Module):
         )
 
     def codes(self, values: Tensor) -> Tensor:
-        """The integer codes of `values`, as int8 or uint8."""
+        """The integer codes of `values`, as int8 or uint8: those that `forward` rounds to, halves included.
+
+        PyTorch's kernels multiply by ``1 / scale``, so ``x / scale`` alone would round some halves the other way.
+        """
         shape = [-1 if axis == self.scheme.axis else 1 for axis in range(values.ndim)]
         scale, zero_point = self.scale.reshape(shape), self.zero_point.reshape(shape)
-        codes = (values.detach() / scale).round() + zero_point
+        codes = (self(values.detach()) / scale).round() + zero_point
         return codes.clamp(self.scheme.qmin, self.scheme.qmax).to(self.dtype)
 
     @property

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Self
 import cloudpickle
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from tersor.core.batch import Batch
 from tersor.core.config import Config
@@ -60,18 +61,24 @@ class Contestant:
 
 
 def latency(
-    contestants: Mapping[str, Contestant],
-    batch: Batch,
+    contestants: Mapping[str, Contestant | Factory],
+    inputs: Batch | Tensor | tuple[Tensor, ...],
     *,
     threads: int,
     protocol: Protocol | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measured]:
-    """Measures the wall time of one call on `batch` for every contestant.
+    """Measures the wall time of one call on `inputs` for every contestant.
+
+    ::
+
+        times = latency({"small": lambda: small.eval(), "large": lambda: large.eval()}, images, threads=2)
+        print(paired_ratio(times["large"].latency, times["small"].latency))
 
     Args:
-        contestants: By name; each factory is sent to a fresh process and called there.
-        batch: The inputs of every call.
+        contestants: By name; each factory is sent to a fresh process and called there once; what it returns is
+            called with NumPy arrays if it is a session, with tensors if it is a module.
+        inputs: The inputs of every call.
         threads: Threads that each process may use.
         protocol: How long and how often.
         progress: `(rounds done, rounds in all)`.
@@ -80,10 +87,11 @@ def latency(
         MeasurementError: if a process fails, with the last line of what it said.
     """
     plan = protocol or Protocol()
+    batch = _as_inputs(inputs)
     times: dict[str, list[list[float]]] = {name: [] for name in contestants}
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(_Worker(name, contestant, batch, threads, plan))
+            name: stack.enter_context(_Worker(name, _as_contestant(contestant), batch, threads, plan))
             for name, contestant in contestants.items()
         }
         calls = {}
@@ -117,6 +125,16 @@ def summarise(rounds: Sequence[Sequence[float]]) -> Latency:
 def paired_ratio(baseline: Latency, candidate: Latency) -> float:
     """Median over rounds of baseline time / candidate time: above 1 means that the candidate is faster."""
     return float(np.median(np.array(baseline.rounds) / np.array(candidate.rounds)))
+
+
+def _as_contestant(value: Contestant | Factory) -> Contestant:
+    return value if isinstance(value, Contestant) else Contestant(value)
+
+
+def _as_inputs(value: Batch | Tensor | tuple[Tensor, ...]) -> Batch:
+    if isinstance(value, Batch):
+        return value
+    return Batch(value if isinstance(value, tuple) else (value,), {}, None)
 
 
 class _Worker:

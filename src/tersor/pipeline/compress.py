@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console, RenderableType
 from torch import nn
 
 from tersor.core.artifact import Manifest, describe_files, verify
@@ -28,7 +29,7 @@ from tersor.pipeline.measuring import certificate_for, export, measure_facts
 from tersor.pipeline.plan import Plan, make_plan
 from tersor.pipeline.progress import shown
 from tersor.pipeline.run_directory import RunDirectory
-from tersor.report import render_card, render_html
+from tersor.report import render_card, render_html, render_table
 from tersor.runtimes.parity import check_parity
 
 logger = logging.getLogger("tersor")
@@ -52,6 +53,20 @@ class Result:
     def certified(self) -> bool:
         """Whether the budget is proven to hold."""
         return self.report.certificate is not None and self.report.certificate.certified
+
+    @property
+    def html(self) -> Path:
+        """The report as one offline page."""
+        return self.artifact / "report.html"
+
+    def __rich__(self) -> RenderableType:
+        return render_table(self.report)
+
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
 
 
 def compress(

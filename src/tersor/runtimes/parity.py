@@ -63,8 +63,8 @@ def _cases(example: Callable[[int], Batch], signature: Signature) -> Iterator[tu
         batch = example(2)
         tensors, length = {}, 0
         for (key, tensor), spec in zip(batch.tensors().items(), signature.inputs, strict=True):
-            for axis, size in enumerate(spec.shape):
-                if size == label:
+            for axis, extent in enumerate(spec.shape):
+                if extent == label:
                     length = (tensor.shape[axis] + 1) // 2
                     tensor = tensor.narrow(axis, 0, length)
             tensors[key] = tensor
