@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -195,26 +196,42 @@ def in_this_process(
     return found
 
 
-@pytest.fixture
-def quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def without_timing() -> Iterator[None]:
     """Runs whose times do not matter take seconds less: three processes need not start."""
-    monkeypatch.setattr("tersor.pipeline.measuring.latency", in_this_process)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tersor.pipeline.measuring.latency", in_this_process)
+        yield
+
+
+@pytest.fixture(scope="session")
+def untimed() -> Callable[[], AbstractContextManager[None]]:
+    """`without_timing`, for fixtures that outlive a test."""
+    return without_timing
+
+
+@pytest.fixture
+def quick_latency() -> Iterator[None]:
+    """`without_timing`, for one test."""
+    with without_timing():
+        yield
 
 
 @pytest.fixture(scope="session")
 def deployed(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tersor.Result]:
-    """Whole runs with nothing replaced, each made once: `deployed("onnxruntime", "int8")`."""
+    """Whole runs, each made once: `deployed("onnxruntime", "int8")`; int8 with real times."""
 
     @cache
     def run(runtime: str, recipe: str) -> tersor.Result:
-        return tersor.compress(
-            problem.model(),
-            problem.task(preprocessing="noise over a pattern"),
-            out=tmp_path_factory.mktemp(f"{runtime}-{recipe}") / "run",
-            budget=tersor.Budget(max_drop=0.02, rounds=1),
-            target=tersor.Target(runtime, threads=THREADS),
-            recipe=recipe,
-        )
+        with nullcontext() if recipe == "int8" else without_timing():
+            return tersor.compress(
+                problem.model(),
+                problem.task(preprocessing="noise over a pattern"),
+                out=tmp_path_factory.mktemp(f"{runtime}-{recipe}") / "run",
+                budget=tersor.Budget(max_drop=0.02, rounds=1),
+                target=tersor.Target(runtime, threads=THREADS),
+                recipe=recipe,
+            )
 
     return run
 

@@ -73,12 +73,13 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
         digest = content.pop("digest")
-        version = content["schema_version"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        newer = content["schema_version"] > SCHEMA_VERSION
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{path} is truncated or no manifest ({type(error).__name__}: {error})") from None
-    if version > SCHEMA_VERSION:
+    if newer:
         raise IntegrityError(
-            f"{path} has schema version {version}, this tersor reads up to {SCHEMA_VERSION}: upgrade tersor"
+            f"{path} has schema version {content['schema_version']}, this tersor reads up to {SCHEMA_VERSION}: "
+            "upgrade tersor"
         )
     if _digest(content) != digest:
         raise IntegrityError(f"{path} was changed after it was written: its digest does not match its content")
@@ -96,9 +97,9 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
-        relative = PurePosixPath(name)
-        path = directory / name
-        if relative.is_absolute() or ".." in relative.parts or "\\" in name or path.is_symlink():
+        relative, path = PurePosixPath(name), directory / name
+        linked = any((directory / part).is_symlink() for part in (relative, *relative.parents[:-1]))
+        if relative.is_absolute() or ".." in relative.parts or "\\" in name or linked:
             raise IntegrityError(f"{directory}: the manifest names {name!r}, which lies outside the artifact")
         if not path.is_file():
             raise IntegrityError(f"{path} is missing; the artifact is incomplete: copy it again")

@@ -65,7 +65,8 @@ class FakeQuantize(nn.Module):
         """
         shape = [-1 if axis == self.scheme.axis else 1 for axis in range(values.ndim)]
         scale, zero_point = self.scale.reshape(shape), self.zero_point.reshape(shape)
-        codes = (self(values.detach()) / scale).round() + zero_point
+        rounded: Tensor = self(values.detach())
+        codes = (rounded / scale).round() + zero_point
         return codes.clamp(self.scheme.qmin, self.scheme.qmax).to(self.dtype)
 
     @property

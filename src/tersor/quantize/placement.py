@@ -57,6 +57,8 @@ def place(graph_module: fx.GraphModule, weight_scheme: QuantScheme) -> Placement
         weight = node.args[rule.weight] if rule.weight is not None else None
         if isinstance(weight, fx.Node) and weight.op == "get_attr":  # else an earlier layer shares it: done
             path = f"{WEIGHTS_PREFIX}.{str(weight.target).replace('.', '_')}"
+            while path in weights:  # `a.b_c` and `a_b.c`
+                path += "_"
             scheme = weight_scheme.model_copy(update={"axis": rule.channel_axis})
             graph_module.add_submodule(path, FakeQuantize(scheme))
             weights[path] = str(weight.target)

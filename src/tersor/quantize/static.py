@@ -8,7 +8,7 @@ https://arxiv.org/abs/1712.05877; Nagel et al. 2021, https://arxiv.org/abs/2106.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -26,7 +26,7 @@ from tersor.core.step import Kind, Step
 from tersor.errors import DataError, UnsupportedError
 from tersor.graph import FakeQuantize, capture, fold_batch_norm
 from tersor.graph.fold import get_tensor, set_parameter
-from tersor.graph.lower import bias_scale, round_bias
+from tersor.graph.lower import bias_scale, quantizer_of, round_bias
 from tersor.graph.rules import COMPUTE
 from tersor.probe import histograms
 from tersor.quantize import ranges
@@ -34,6 +34,7 @@ from tersor.quantize.placement import Placement, place
 
 FULL_RANGE = QuantScheme(bits=8, signed=True, symmetric=True)
 REDUCED_RANGE = QuantScheme(bits=7, signed=True, symmetric=True)
+BIAS_ROOM = 2**30  # half of int32: the other half is for the products that are added
 CAPTURE_BATCH = 2  # a batch of one would be baked into the graph
 
 
@@ -86,6 +87,7 @@ class Static(Step):
 
         unreached = _set_activation_ranges(simulation, placement, self.range_method, batches)
         _set_weight_ranges(simulation, placement)
+        _make_room_for_biases(simulation)
         _round_biases(simulation)
         plan = _plan(simulation, placement, factors)
         notes = [
@@ -128,25 +130,44 @@ def _set_weight_ranges(simulation: fx.GraphModule, placement: Placement) -> None
         quantizer.set_range(weight.amin(1), weight.amax(1))
 
 
-def _round_biases(simulation: fx.GraphModule) -> None:
-    """Puts every bias on the int32 grid that the kernels add it in, so that the simulation is exact.
+def _make_room_for_biases(simulation: fx.GraphModule) -> None:
+    """Widens the scales of weights beside which the int32 bias would overflow, leaving room for the products.
 
-    A bias that several layers share becomes one for each: their grids differ as their inputs do.
+    Only weights that hardly matter are concerned: channels that pruning or a BatchNorm emptied, layers whose input
+    was always zero. Their scales are so small that the bias, all that these channels give, would saturate.
     """
+    for node, bias_node, scale in _biased(simulation):
+        weight = quantizer_of(simulation, node.args[COMPUTE[node.target].weight or 0])
+        assert weight is not None  # noqa: S101 - else the layer would have no bias scale
+        smallest = get_tensor(simulation, str(bias_node.target)).detach().abs() / BIAS_ROOM
+        weight.scale = weight.scale * (smallest / scale).clamp(min=1)
+
+
+def _biased(simulation: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
+    """Each integer layer with a constant bias: the layer, the bias, the scale of its int32 codes."""
     for node in list(simulation.graph.nodes):
         rule = COMPUTE.get(node.target)
         if rule is None or rule.bias is None or len(node.args) <= rule.bias:
             continue
         bias_node, scale = node.args[rule.bias], bias_scale(simulation, node)
-        if scale is None or not isinstance(bias_node, fx.Node) or bias_node.op != "get_attr":
-            continue
+        if scale is not None and isinstance(bias_node, fx.Node) and bias_node.op == "get_attr":
+            yield node, bias_node, scale
+
+
+def _round_biases(simulation: fx.GraphModule) -> None:
+    """Puts every bias on the int32 grid that the kernels add it in, so that the simulation is exact.
+
+    A bias that several layers share becomes one for each: their grids differ as their inputs do.
+    """
+    for node, bias_node, scale in _biased(simulation):
         path = str(bias_node.target)
         rounded = round_bias(get_tensor(simulation, path), scale) * scale.double()
         if len(bias_node.users) > 1:
             path = f"{path}_{node.name}"
         set_parameter(simulation, path, rounded)
         with simulation.graph.inserting_before(node):
-            node.update_arg(rule.bias, simulation.graph.get_attr(path))
+            own = simulation.graph.get_attr(path)
+        node.args = tuple(own if argument is bias_node else argument for argument in node.args)
         if not bias_node.users:
             simulation.graph.erase_node(bias_node)
     simulation.recompile()

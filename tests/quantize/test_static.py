@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from tersor.core.batch import select_output
+from tersor.core.candidate import Candidate, frozen_copy
+from tersor.core.machine import saturates_int8
+from tersor.core.target import Target
+from tersor.errors import DataError, NonFiniteError, UnsupportedError
+from tersor.graph import FakeQuantize
+from tersor.quantize import Static
+from tersor.quantize.placement import Placement
+from tersor.quantize.static import FULL_RANGE, _set_activation_ranges
+from zoo import (
+    CNN_DATA,
+    MLP_DATA,
+    TEXT_DATA,
+    TEXT_DYNAMIC,
+    TOWER_DATA,
+    TWO_DATA,
+    Cnn,
+    Depthwise,
+    Mlp,
+    Scaling,
+    SharedTower,
+    Sized,
+    Transformer,
+    TwoInputs,
+    context_for,
+    normal,
+    quantized,
+    relative,
+    seeded,
+    state_hash,
+)
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
+    "cnn": (Cnn, CNN_DATA, {}),
+    "linear only": (Mlp, MLP_DATA, {}),
+    "conv1d": (lambda: Sized(1), normal(40, 2, 12), {}),
+    "conv3d": (lambda: Sized(3), normal(40, 2, 5, 5, 5), {}),
+    "depthwise": (Depthwise, normal(40, 4, 8, 8), {}),
+    "two inputs": (TwoInputs, TWO_DATA, {}),
+    "shared tower": (SharedTower, TOWER_DATA, {}),
+    "transformer": (Transformer, TEXT_DATA, {"output": "logits"}),
+}
+
+
+def outputs(candidate: Candidate, context: Any) -> tuple[Tensor, Tensor]:
+    """What the simulation and the original answer on the calibrate split."""
+    batch = context.task.splits["calibrate"].batch(range(len(context.task.splits["calibrate"])))
+    assert candidate.simulation is not None
+    with torch.no_grad():
+        found = candidate.simulation(*batch.tensors().values())
+        return found, select_output(batch.call(context.original), context.task.output)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_simulation_is_near_the_float_model_and_every_weight_on_its_grid(
+    case: str, noticed: Callable[[nn.Module], str]
+) -> None:
+    build, data, fields = CASES[case]
+    module = seeded(build)
+    target = Target(threads=1, reduce_range=False, dynamic=TEXT_DYNAMIC if case == "transformer" else {})
+    context = context_for(module, data, target, **fields)
+    candidate = Candidate(module)
+    before = noticed(module)
+    done = Static().apply(candidate, context)
+    assert noticed(module) == before
+    assert (candidate.plan, candidate.simulation, candidate.history) == (None, None, ())
+    assert done.module is module
+    assert done.precision == "int8"
+    found, expected = outputs(done, context)
+    assert 0 < relative(found, expected) < 0.05
+
+    assert done.plan is not None
+    assert isinstance(done.simulation, fx.GraphModule)
+    assert done.plan.weights
+    for path, quant in done.plan.weights.items():
+        quantizer = done.simulation.get_submodule(f"weight_quantizers.{path.replace('.', '_')}")
+        assert isinstance(quantizer, FakeQuantize)
+        weight = done.simulation.get_parameter(path)
+        shape = (-1, *[1] * (weight.ndim - 1))
+        codes = quantizer(weight) / quantizer.scale.reshape(shape)
+        assert torch.allclose(codes, codes.round(), atol=1e-4)
+        assert quant.scheme == FULL_RANGE.model_copy(update={"axis": 0})
+        assert len(quant.scale) == len(weight)
+        largest = codes.round().abs().flatten(1).amax(1)
+        assert largest.unique().tolist() == [127]  # symmetric, and every channel uses its whole range
+        assert quant.zero_point == [0] * len(weight)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_every_range_method_works_and_is_noted(method: str) -> None:
+    module = seeded(Cnn)
+    context = context_for(module, CNN_DATA)
+    candidate = quantized(module, context, range_method=method)
+    assert relative(*outputs(candidate, context)) < 0.05
+    assert f"ranges by {method} on 48 examples" in candidate.history[-1].notes[0]
+    assert candidate.history[-1].settings["range_method"] == method
+
+
+def test_minmax_ranges_are_those_of_the_values() -> None:
+    module = seeded(Mlp)
+    candidate = quantized(module, context_for(module, MLP_DATA), range_method="minmax")
+    assert candidate.plan is not None
+    activations = {tensor.name: tensor for tensor in candidate.plan.tensors if tensor.role == "activation"}
+    with torch.no_grad():
+        inner = functional.relu(module.get_submodule("first")(MLP_DATA))
+    assert activations["features"].scale[0] == pytest.approx(float(MLP_DATA.max() - MLP_DATA.min()) / 255, rel=1e-5)
+    assert activations["relu"].scale[0] == pytest.approx(float(inner.max()) / 255, rel=1e-5)
+    assert activations["relu"].zero_point == [0]
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    module = seeded(Cnn)
+    one, two = (quantized(module, context_for(module, CNN_DATA)) for _ in range(2))
+    assert one.plan == two.plan
+    assert one.simulation is not None
+    assert two.simulation is not None
+    assert state_hash(one.simulation) == state_hash(two.simulation)
+
+
+@pytest.mark.parametrize("reduce", [True, False, None])
+def test_weights_are_reduced_to_seven_bits_where_kernels_would_overflow(reduce: bool | None) -> None:
+    module = seeded(Mlp)
+    context = context_for(module, MLP_DATA, Target(threads=1, reduce_range=reduce))
+    candidate = quantized(module, context)
+    assert candidate.plan is not None
+    expected = 7 if (saturates_int8() if reduce is None else reduce) else 8
+    assert {quant.scheme.bits for quant in candidate.plan.weights.values()} == {expected}
+    assert any("7 bits" in note for note in candidate.history[-1].notes) == (expected == 7)
+    assert relative(*outputs(candidate, context)) < 0.05
+
+
+def test_one_example_is_enough_to_calibrate() -> None:
+    module = seeded(Cnn)
+    context = context_for(module, CNN_DATA[:1])
+    candidate = quantized(module, context)
+    found, expected = outputs(candidate, context)
+    assert relative(found, expected) < 0.05
+    assert "on 1 examples" in candidate.history[-1].notes[0]
+
+
+def test_only_the_wanted_number_of_examples_is_used() -> None:
+    module = seeded(Mlp)
+    outlier = MLP_DATA.clone()
+    outlier[30] = 1000
+    scales = []
+    for data, settings in ((outlier, {"samples": 20}), (outlier, {}), (MLP_DATA, {"samples": 20, "batch_size": 7})):
+        plan = quantized(module, context_for(module, data), range_method="minmax", **settings).plan
+        assert plan is not None
+        scales.append(next(tensor.scale[0] for tensor in plan.tensors if tensor.name == "features"))
+    assert scales[0] == scales[2]
+    assert scales[1] > 50 * scales[0]
+
+
+def test_a_net_without_layers_is_refused_by_name() -> None:
+    module = seeded(Scaling)
+    with pytest.raises(UnsupportedError, match=r"quantize\.static found no layer .* in Scaling"):
+        quantized(module, context_for(module, MLP_DATA))
+
+
+def test_calibration_needs_its_split() -> None:
+    module = seeded(Mlp)
+    with pytest.raises(DataError, match=r"quantize\.static needs a 'calibrate' split"):
+        quantized(module, context_for(module, None, report=MLP_DATA))
+
+
+class Logarithm(nn.Module):
+    """NaN for negative values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.last = nn.Linear(12, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(torch.log(self.first(features)))
+
+
+def test_bad_calibration_data_is_named_by_batch() -> None:
+    data = MLP_DATA.clone()
+    data[23, 4] = float("nan")
+    module = seeded(Mlp)
+    with pytest.raises(NonFiniteError, match=r"calibration batch 2 .* 1 of 120 values"):
+        quantized(module, context_for(module, data), batch_size=10)
+
+
+def test_values_that_become_bad_are_named_by_place() -> None:
+    module = seeded(Logarithm)
+    with pytest.raises(NonFiniteError, match="calibration batch 0 produced NaN or Inf at 'log'"):
+        quantized(module, context_for(module, MLP_DATA))
+
+
+def test_a_range_too_wide_for_float32_is_refused() -> None:
+    module = seeded(Mlp)
+    with torch.no_grad():
+        module.get_parameter("first.weight").mul_(1e-3)
+    data = MLP_DATA.clone()
+    data[0, 0], data[1, 1] = 3e38, -3e38
+    with pytest.raises(DataError, match=r"range of 'features' .* too wide"):
+        quantized(module, context_for(module, data))
+
+
+class Dead(nn.Module):
+    """A layer whose activation is always zero, and a layer that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.last = nn.Linear(8, 3)
+        self.unused = nn.Linear(8, 3)
+        with torch.no_grad():
+            self.first.bias.fill_(-1e3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(functional.relu(self.first(features)))
+
+
+def test_constant_activations_and_unused_layers_do_no_harm() -> None:
+    module = seeded(Dead)
+    context = context_for(module, MLP_DATA)
+    candidate = quantized(module, context)
+    found, expected = outputs(candidate, context)
+    assert torch.allclose(found, expected, atol=1e-2)
+    assert candidate.plan is not None
+    assert set(candidate.plan.weights) == {"first.weight", "last.weight"}
+    constant = context_for(module, torch.full((9, 12), 0.5))
+    found, expected = outputs(quantized(module, constant), constant)
+    assert torch.allclose(found, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9])
+def test_empty_channels_do_no_harm_and_keep_their_bias(size: float) -> None:
+    module = seeded(Cnn)
+    with torch.no_grad():
+        module.get_parameter("stem.weight")[2] *= size
+        module.get_parameter("stem_norm.weight")[3] *= size
+        module.get_parameter("head.weight")[1] *= size
+        module.get_parameter("head.bias")[1] = 5.0
+    context = context_for(module, CNN_DATA)
+    candidate = quantized(module, context)
+    found, expected = outputs(candidate, context)
+    assert relative(found, expected) < 0.05
+    assert torch.allclose(found[:, 1], torch.tensor(5.0), atol=1e-5)
+    assert candidate.plan is not None
+    assert all(0 < scale < float("inf") for tensor in candidate.plan.tensors for scale in tensor.scale)
+    fresh = candidate.for_weights().module
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in fresh.parameters())
+
+
+class Choosing(nn.Module):
+    """Decides by the data which tap is reached; a captured graph cannot, so this stands in for one that could."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = FakeQuantize(FULL_RANGE)
+        self.other = FakeQuantize(FULL_RANGE)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.reached(features) if bool((features < 1e6).all()) else self.other(features)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_what_no_example_reaches_stays_float_and_is_told(method: str) -> None:
+    simulation: Any = Choosing()
+    placement = Placement({"reached": "a", "other": "b"}, {}, ())
+    batches = [context_for(Mlp(), MLP_DATA).task.example(9)]
+    assert _set_activation_ranges(simulation, placement, method, lambda: batches) == ["b"]
+    assert simulation.reached.enabled
+    assert not simulation.other.enabled
+    huge = torch.full((1, 12), 1e7)
+    assert simulation(huge) is huge
+
+
+def test_quantizing_again_after_a_change_starts_afresh() -> None:
+    module = seeded(Mlp)
+    context = context_for(module, MLP_DATA)
+    first = Static().apply(Candidate(frozen_copy(module)), context)
+    second = Static().apply(replace(first.for_weights()), context)
+    assert second.plan is not None
+    assert first.plan is not None
+    for path, quant in second.plan.weights.items():
+        assert quant.scale == pytest.approx(first.plan.weights[path].scale, rel=1e-5)  # the grid is kept
+    assert [record.name for record in second.history] == ["quantize.static", "quantize.static"]
