@@ -77,11 +77,21 @@ def _warnings(plan: Plan, candidate: Candidate, facts: Facts, certificate: Certi
         )
     if plan.budget.minimise == "size" and facts.deployed.size_bytes >= facts.runtime_baseline.size_bytes:
         found.append("not smaller than the uncompressed model in the same runtime")
+    measured = {"baseline": facts.baseline, "runtime baseline": facts.runtime_baseline, "deployed": facts.deployed}
+    for name, model in measured.items():
+        if model.latency_ms is not None and model.latency_ms.noisy:
+            spread = model.latency_ms.iqr / model.latency_ms.median
+            found.append(f"latency of the {name} is noisy: its interquartile range is {spread:.0%} of the median")
     if certificate is not None and not certificate.certified:
         more = f"; about {certificate.examples_needed:,} examples would do" if certificate.examples_needed else ""
         found.append(
             f"budget not met: the drop may be up to {certificate.upper_bound:.4f}, allowed are "
             f"{certificate.max_drop:.4f}. This is the best so far{more}"
+        )
+    if certificate is not None and certificate.times_asked > 1:
+        found.append(
+            f"the certify split has been asked by {certificate.times_asked} runs: the confidence holds for a single "
+            "question; choosing among several results voids it"
         )
     if certificate is not None and certificate.measures == "agreement":
         found.append("without labels the certificate is about agreement with the original, not about accuracy")

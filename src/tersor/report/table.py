@@ -131,6 +131,4 @@ def _verdict(report: Report) -> Text:
 
 
 def _cautions(report: Report) -> list[str]:
-    repeated = wording.asked(report.certificate) if report.certificate else ""
-    found = [repeated, wording.noisy(report), *report.warnings]
-    return [units.one_line(caution) for caution in found if caution]
+    return [units.one_line(caution) for caution in report.warnings]
