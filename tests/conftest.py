@@ -76,8 +76,17 @@ def splits():
     return {"train": (x[:600], y[:600]), "certify": (x[600:1600], y[600:1600]), "report": (x[1600:], y[1600:])}
 
 
+def small_splits():
+    x, y = images()
+    return {"train": (x[:200], y[:200]), "certify": (x[600:800], y[600:800]), "report": (x[1600:1650], y[1600:1650])}
+
+
 def task(**fields):
     return tersor.Task(**(splits() | {"class_names": ("a", "b", "c", "d")} | fields))
+
+
+def small_task(**fields):
+    return task(**(small_splits() | fields))
 '''
 
 
@@ -106,6 +115,16 @@ class Problem:
     def task(self, **fields: Any) -> tersor.Task:
         """The task, with some fields changed."""
         found: tersor.Task = self.module.task(**fields)
+        return found
+
+    def small_splits(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """200 to train, 200 to certify, 50 to report."""
+        found: dict[str, tuple[Tensor, Tensor]] = self.module.small_splits()
+        return found
+
+    def small_task(self, **fields: Any) -> tersor.Task:
+        """A smaller task, enough to certify five points."""
+        found: tersor.Task = self.module.small_task(**fields)
         return found
 
 

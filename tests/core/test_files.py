@@ -11,7 +11,7 @@ from tersor.core.candidate import Candidate, frozen_copy
 from tersor.core.files import disk_errors, sha256, whole_directory, write_whole
 from tersor.core.target import Target
 from tersor.errors import ArtifactError, ConfigError, OutputDirectoryError
-from zoo import MLP_DATA, Mlp, context_for, exported, normal, seeded
+from zoo import context_for, exported, normal
 
 SmallDisk = Callable[..., Path]
 
@@ -143,7 +143,3 @@ def test_every_runtime_reports_a_full_disk_as_such(runtime: str, small_disk: Sma
     with pytest.raises(OutputDirectoryError), whole_directory(place / "artifact") as scratch:
         exported(Candidate(frozen_copy(model)), context, scratch)
     assert everything_in(place) == []
-    small = seeded(Mlp)
-    with whole_directory(place / "artifact") as scratch:
-        exported(Candidate(small), context_for(small, MLP_DATA, Target(runtime, threads=1)), scratch)
-    assert everything_in(place)[0] == "artifact"

@@ -11,6 +11,9 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +26,7 @@ from tersor.cli.loading import load_model, load_task
 from tersor.cli.recipes import recipes_app
 from tersor.core.artifact import verify
 from tersor.core.budget import Budget
+from tersor.core.files import write_whole
 from tersor.core.report import Report
 from tersor.core.signature import random_batch
 from tersor.core.target import Target
@@ -34,7 +38,7 @@ from tersor.errors import (
     UnsupportedError,
 )
 from tersor.measure import Contestant, Protocol, latency
-from tersor.pipeline import Result, compress, make_plan
+from tersor.pipeline import Plan, Result, compress, make_plan
 from tersor.report import render_html, render_table
 from tersor.runtimes import Loaded, get_runtime
 
@@ -79,14 +83,16 @@ def compress_command(
     as_json: Json = False,
 ) -> None:
     """Compress a trained model under a budget, deploy it, measure it, certify what it cost."""
-    module, data = load_model(model, weights), load_task(task)
     budget = Budget(max_drop=max_drop, confidence=confidence, rounds=rounds)
     place = Target(target, threads=threads, batch=batch)
-    if dry_run:
-        plan = make_plan(module, data, budget=budget, target=place, recipe=recipe, seed=seed)
-        typer.echo(json.dumps({**plan.as_data(), "out": str(out)}, indent=2, default=str))
-        return
-    _finish(compress(module, data, out=out, budget=budget, target=place, recipe=recipe, seed=seed), as_json)
+    start: Callable[..., Plan | Result] = make_plan if dry_run else partial(compress, out=out)
+    with redirect_stdout(sys.stderr):  # whatever the model and its data print is no result
+        module, data = load_model(model, weights), load_task(task)
+        found = start(module, data, budget=budget, target=place, recipe=recipe, seed=seed)
+    if isinstance(found, Plan):
+        typer.echo(json.dumps({**found.as_data(), "out": str(out)}, indent=2, default=str))
+    else:
+        _finish(found, as_json)
 
 
 @app.command()
@@ -153,7 +159,7 @@ def report_command(
     verify(path)
     report = Report.model_validate_json((path / "report.json").read_text())
     if html is not None:
-        html.write_text(render_html(report))
+        write_whole(html, render_html(report).encode())
     _show(report, as_json)
 
 

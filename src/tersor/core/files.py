@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -11,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tersor.errors import OutputDirectoryError
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 def sha256(path: Path) -> str:
@@ -76,13 +79,23 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """Turns the system's errors about `place` into `OutputDirectoryError`."""
+    """Turns the system's errors about `place` into `OutputDirectoryError`; those about other files stay as they are."""
     try:
         yield
     except OutputDirectoryError:
         raise
     except OSError as error:
+        if not _concerns(error, place):
+            raise
         raise OutputDirectoryError(
             f"cannot write {place}: {error.strerror or error}; nothing was left behind. Free space or choose another "
             "directory, then run the same call again: finished steps are kept"
         ) from error
+
+
+def _concerns(error: OSError, place: Path) -> bool:
+    """Whether an error is about writing `place`, and not e.g. about a file that the caller's data reads."""
+    if not isinstance(error.filename, str | bytes):
+        return error.errno in _DISK
+    named, beside = Path(os.fsdecode(error.filename)).absolute(), place.absolute().parent
+    return named.is_relative_to(beside) or beside.is_relative_to(named)

@@ -36,7 +36,8 @@ def first_divergence(
         tolerance: Largest acceptable relative error.
 
     Returns:
-        Node name, path of the module it belongs to, relative error; None if none differs.
+        Node name, path of the module it belongs to (of what it was made from, where a function made it), relative
+        error; None if none differs.
     """
     expected = _Recorder(graph_module)
     with torch.no_grad():
@@ -56,9 +57,13 @@ class _Recorder(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.values: dict[str, tuple[Tensor, str]] = {}
+        self.modules: dict[fx.Node, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        # Nodes compare by their place in the graph: the last of the inputs is what was computed last.
+        inherited = [self.modules[node] for node in sorted(n.all_input_nodes) if self.modules[node]]
+        self.modules[n] = n.meta.get("module") or (inherited[-1] if inherited else "")
         if n.op == "call_function" and isinstance(result, Tensor) and result.is_floating_point():
-            self.values[n.name] = (result.detach().clone(), n.meta.get("module", ""))
+            self.values[n.name] = (result.detach().clone(), self.modules[n])
         return result

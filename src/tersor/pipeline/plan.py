@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.core.batch import select_output
 from tersor.core.budget import Budget
 from tersor.core.candidate import check_finite_weights, frozen_copy
 from tersor.core.recipe import Recipe
 from tersor.core.signature import Signature, input_names, signature_of
+from tersor.core.split import Split
 from tersor.core.target import Target
 from tersor.core.task import Task
 from tersor.errors import ConfigError, ModelError, NonFiniteError, SplitTooSmallError
@@ -25,6 +27,7 @@ from tersor.recipes import resolve
 from tersor.runtimes import Runtime, get_runtime
 
 EXAMPLE_BATCH = 2
+HASHED_BATCH = 256
 MINIMUM_FOR_BOOTSTRAP = 100  # below, resampling knows too little of the spread to mean anything
 
 
@@ -56,11 +59,22 @@ class Plan:
         """What makes this run this run; a run directory is resumed only by an equal one."""
         return {
             "model": model_hash(self.original),
-            "task": _hash(self.task.fingerprint()),
+            "task": _hash(self._task_data()),
             "recipe": _hash(self.recipe.as_data()),
             "target": _hash(self.target.model_dump(mode="json")),
             "budget": _hash(self.budget.model_dump(mode="json")),
             "seed": str(self.seed),
+        }
+
+    def _task_data(self) -> dict[str, Any]:
+        """Everything of the task that ends up in weights, numbers or files; functions by name only."""
+        task = self.task
+        return {
+            "metric": task.metric.name,
+            "output": repr(task.output),
+            "class_names": task.class_names,
+            "preprocessing": task.preprocessing,
+            "splits": {role: data_hash(split) for role, split in task.splits.items()},
         }
 
     def as_data(self) -> dict[str, Any]:
@@ -117,7 +131,23 @@ def make_plan(
 def model_hash(module: nn.Module) -> str:
     """Hash of a model's class and of every parameter and buffer."""
     digest = hashlib.sha256(type(module).__qualname__.encode())
-    for name, tensor in module.state_dict().items():
+    digest.update(tensors_hash(module.state_dict()).encode())
+    return digest.hexdigest()
+
+
+def data_hash(split: Split) -> str:
+    """Hash of a split's inputs and labels in their order, which training depends on."""
+    digest = hashlib.sha256()
+    for batch in split.batches(HASHED_BATCH):
+        labels = {} if batch.labels is None else {"labels": torch.as_tensor(batch.labels)}
+        digest.update(tensors_hash({**batch.tensors(), **labels}).encode())
+    return digest.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of named tensors: names, types, shapes and every bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -148,12 +178,17 @@ def _signature(original: nn.Module, task: Task, target: Target) -> Signature:
 def _check_budget(task: Task, budget: Budget) -> None:
     if budget.max_drop is None:
         return
-    split = task.require("certify", "a budget with max_drop")
+    split, bounds = task.require("certify", "a budget with max_drop"), task.metric.bounds
+    if bounds is not None and budget.max_drop > bounds[1] - bounds[0]:
+        raise ConfigError(
+            f"Budget.max_drop: {task.metric.name} lies between {bounds[0]:g} and {bounds[1]:g} (0.01 = one point of "
+            f"accuracy), so a drop of {budget.max_drop:g} would allow anything"
+        )
     needed = 0
-    if task.metric.bounds is None:
+    if bounds is None:
         needed = MINIMUM_FOR_BOOTSTRAP
-    elif budget.max_drop > 0 and task.metric.bounds == (0.0, 1.0):
-        needed = smallest_certifiable(min(budget.max_drop, 1.0), budget.confidence)
+    elif budget.max_drop > 0 and bounds == (0.0, 1.0):
+        needed = smallest_certifiable(budget.max_drop, budget.confidence)
     if len(split) < needed:
         raise SplitTooSmallError(
             f"split 'certify' has {len(split)} examples; to certify a drop of at most {budget.max_drop:g} of "

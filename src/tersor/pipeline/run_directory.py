@@ -15,6 +15,7 @@ from tersor.core.candidate import Candidate
 from tersor.core.files import disk_errors, write_whole
 from tersor.core.report import StepRecord
 from tersor.errors import IntegrityError, OutputDirectoryError
+from tersor.pipeline.plan import tensors_hash
 
 RUN = "run.json"
 ARTIFACT = "artifact"
@@ -50,7 +51,7 @@ class RunDirectory:
             try:
                 found = json.loads(marker.read_text())["fingerprint"]
                 different = sorted(key for key in self.fingerprint if found.get(key) != self.fingerprint[key])
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise OutputDirectoryError(f"{marker} is damaged; remove {self.path} or choose another one") from None
             if different:
                 raise OutputDirectoryError(
@@ -59,7 +60,7 @@ class RunDirectory:
                 )
             return
         with disk_errors(self.path):
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or not all(map(_is_half_claimed, self.path.iterdir()))):
                 raise OutputDirectoryError(
                     f"{self.path} is not empty and not a run of tersor; choose a new or empty directory"
                 )
@@ -70,7 +71,8 @@ class RunDirectory:
         tensors = {_STATE + name: value.contiguous().clone() for name, value in candidate.module.state_dict().items()}
         tensors |= {_MASK + name: mask.to(torch.uint8) for name, mask in candidate.masks.items()}
         history = json.dumps([record.model_dump(mode="json") for record in candidate.history])
-        write_whole(self._stage(position), save(tensors, metadata={"history": history}))
+        metadata = {"history": history, "sha256": tensors_hash(tensors)}
+        write_whole(self._stage(position), save(tensors, metadata=metadata))
 
     def load_stage(self, position: int, candidate: Candidate) -> Candidate | None:
         """The candidate that the step at `position` left, None if it never finished."""
@@ -81,7 +83,10 @@ class RunDirectory:
         try:
             with safe_open(str(path), framework="pt") as stream:
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - no mapping
-                history = json.loads((stream.metadata() or {})["history"])
+                metadata = stream.metadata() or {}
+            history = json.loads(metadata["history"])
+            if metadata["sha256"] != tensors_hash(tensors):
+                raise ValueError("its content does not match its hash")
         except (SafetensorError, KeyError, ValueError) as error:
             raise IntegrityError(f"{path} is damaged ({error}); remove it to repeat this step") from None
         fresh.module.load_state_dict(
@@ -93,3 +98,8 @@ class RunDirectory:
 
     def _stage(self, position: int) -> Path:
         return self.path / "stages" / f"{position:02d}.safetensors"
+
+
+def _is_half_claimed(entry: Path) -> bool:
+    """Whether this is what a process leaves that is killed while it takes the directory."""
+    return entry.name.startswith(f".{RUN}.")

@@ -53,7 +53,11 @@ def load_recipe(path: str | Path) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"recipe file {file} does not exist")
-    return parse_recipe(file.read_text(), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is no text in UTF-8 ({error})") from None
+    return parse_recipe(text, str(file))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -71,7 +71,10 @@ class Runtime(ABC):
     def values(
         self, directory: Path, names: Sequence[str], example: Batch, *, signature: Signature, target: Target
     ) -> dict[str, Array]:
-        """Intermediate values by graph node name, as far as the runtime can show them; used to explain a mismatch."""
+        """Intermediate values by graph node name, as far as the runtime can show them, and the output by its own.
+
+        Used to explain a mismatch.
+        """
         return {}
 
     def float_operators(self, directory: Path, example: Batch, *, signature: Signature, target: Target) -> list[str]:

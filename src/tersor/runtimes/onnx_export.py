@@ -17,7 +17,7 @@ from tersor.core.candidate import Candidate
 from tersor.core.files import disk_errors
 from tersor.core.signature import Signature
 from tersor.errors import ExportError
-from tersor.graph import capture, lower
+from tersor.graph import capture, fold_batch_norm, lower
 from tersor.graph.lower import IntegerConstant, Lowered
 from tersor.graph.operators import quantize_dequantize
 
@@ -44,7 +44,9 @@ def write_onnx(candidate: Candidate, example: Batch, path: Path, signature: Sign
         lowered = lower(candidate.simulation)
     else:
         names = [spec.name for spec in signature.inputs]
-        lowered = Lowered(capture(candidate.module, example, names=names, dynamic=dynamic, output=signature.select), {})
+        graph_module = capture(candidate.module, example, names=names, dynamic=dynamic, output=signature.select)
+        fold_batch_norm(graph_module)  # the exporter would do it too, but lose the layers' names
+        lowered = Lowered(graph_module, {})
     dims = {label: torch.export.Dim(label) for shape in dynamic.values() for label in shape.values()}
     shapes = tuple({axis: dims[label] for axis, label in dynamic[spec.name].items()} for spec in signature.inputs)
     try:

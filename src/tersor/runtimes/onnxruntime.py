@@ -93,7 +93,8 @@ class OnnxRuntime(Runtime):
         source, chosen = intermediate_model(directory / FILE, names)
         session = OnnxRuntimeSession(source, signature, target)
         inputs = {name: value.numpy() for name, value in _named(example, signature).items()}
-        return dict(zip(chosen, session.session.run(chosen, inputs), strict=True)) if chosen else {}
+        shown = [*chosen, signature.output.name]
+        return dict(zip(shown, session.session.run(shown, inputs), strict=True))
 
     def float_operators(self, directory: Path, example: Batch, *, signature: Signature, target: Target) -> list[str]:
         """Reads the runtime's own profile of one run."""

@@ -95,7 +95,7 @@ class OpenVino(Runtime):
         session = OpenVinoSession(model, signature, target)
         inputs = dict(zip((spec.name for spec in signature.inputs), example.tensors().values(), strict=True))
         results = session.request.infer({name: value.numpy() for name, value in inputs.items()})
-        return {name: np.array(results[index + 1]) for index, name in enumerate(chosen)}
+        return {name: np.array(results[index]) for index, name in enumerate([signature.output.name, *chosen])}
 
     def float_operators(self, directory: Path, example: Batch, *, signature: Signature, target: Target) -> list[str]:
         """Reads the precision of every operator in the compiled graph."""

@@ -11,7 +11,7 @@ from tersor.core.batch import Batch, select_output
 from tersor.core.candidate import Candidate
 from tersor.core.signature import Signature
 from tersor.errors import ParityError
-from tersor.graph import capture, first_divergence, lower
+from tersor.graph import capture, first_divergence, fold_batch_norm, lower
 from tersor.graph.divergence import relative_error
 from tersor.runtimes.base import Array, Loaded
 from tersor.runtimes.onnx_export import dynamic_of
@@ -76,9 +76,11 @@ def _explain(loaded: Loaded, candidate: Candidate, batch: Batch, tolerance: floa
     signature, target = loaded.signature, loaded.target
     graph_module = _reference(candidate, batch, signature)
     inputs: list[Tensor] = list(batch.tensors().values())
+    (last,) = graph_module.graph.output_node().all_input_nodes
 
     def values(names: Sequence[str]) -> dict[str, Array]:
-        return loaded.runtime.values(loaded.directory, names, batch, signature=signature, target=target)
+        found = loaded.runtime.values(loaded.directory, names, batch, signature=signature, target=target)
+        return {last.name if name == signature.output.name else name: value for name, value in found.items()}
 
     found = first_divergence(graph_module, inputs, values, tolerance)
     if found is None:
@@ -96,4 +98,8 @@ def _reference(candidate: Candidate, batch: Batch, signature: Signature) -> fx.G
     if candidate.simulation is not None:
         return lower(candidate.simulation).graph_module
     names = [spec.name for spec in signature.inputs]
-    return capture(candidate.module, batch, names=names, dynamic={name: {} for name in names}, output=signature.select)
+    graph_module = capture(
+        candidate.module, batch, names=names, dynamic={name: {} for name in names}, output=signature.select
+    )
+    fold_batch_norm(graph_module)  # as in the exported model, so that equal names mean equal values
+    return graph_module

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tersor.core.recipe import Recipe
+from tersor.distill import Recover
+from tersor.errors import ConfigError, OrderError
+from tersor.prune import Unstructured
+from tersor.quantize import Static
+from tersor.recipes import dump_recipe, load_recipe, parse_recipe, preset_names, preset_text, resolve, step_types
+from tersor.train import Schedule
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_survives_the_way_through_yaml(name: str, tmp_path: Path) -> None:
+    recipe = parse_recipe(preset_text(name))
+    assert recipe.name == name
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert load_recipe(file) == load_recipe(str(file)) == recipe
+    assert dump_recipe(load_recipe(file)) == dump_recipe(recipe)
+
+
+def test_the_presets_are_the_documented_ones() -> None:
+    assert preset_names() == ["convert", "int8", "prune-recover-int8"]
+    assert parse_recipe(preset_text("convert")).steps == ()
+    assert parse_recipe(preset_text("int8")).steps == (Static(range_method="mse"),)
+    prune, recover, quantize = parse_recipe(preset_text("prune-recover-int8")).steps
+    assert prune == Unstructured(sparsity=0.5)
+    assert recover == Recover(schedule=Schedule(epochs=1, lr=0.01))
+    assert quantize == Static()
+
+
+def test_every_setting_survives_the_way_through_yaml() -> None:
+    recipe = Recipe(
+        [
+            Static(range_method="percentile", samples=17, batch_size=3),
+            Unstructured(sparsity=1 / 3, floor=0.0),
+            Recover(
+                schedule=Schedule(epochs=7, lr=1e-5, optimizer="adamw", clip_norm=0.5, warmup=0.25),
+                loss="mse",
+                temperature=1.5,
+                alpha=1.0,
+            ),
+            Static(),
+        ],
+        name="all: of # it",
+    )
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_every_known_step_has_its_name() -> None:
+    assert step_types() == {"prune.unstructured": Unstructured, "quantize.static": Static, "recover": Recover}
+
+
+def test_a_step_without_settings_may_be_only_its_name() -> None:
+    steps = (Recover(), Static())
+    assert parse_recipe("steps: [recover, quantize.static]").steps == steps
+    assert parse_recipe("steps: [{recover: }, {quantize.static: {}}]").steps == steps
+    assert parse_recipe("steps: []").name == "custom"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "mapping with 'name' and a list 'steps', got None"),
+        ("- recover", "mapping with 'name' and a list 'steps'"),
+        ("name: x", "list 'steps'"),
+        ("steps: recover", "list 'steps'"),
+        ("steps: []\nsteep: 1", "mapping with 'name'"),
+        ("name: [1]\nsteps: []", r"'name' must be text, got \[1\]"),
+        ("steps: {", "not valid YAML: .*line 1"),
+        ("steps:\n  - recover\n - static", "not valid YAML: .*line"),
+        ("steps: [!!python/object/apply:os.system ['true']]", "not valid YAML"),
+        ("steps: [recover, prun]", r"step 2: expected a step of \['prune.unstructured', .*got 'prun'"),
+        ("steps: [5]", "step 1: expected one 'name: settings', got 5"),
+        ("steps: [{recover: {}, quantize.static: {}}]", "step 1: expected one 'name: settings'"),
+        ("steps: [{recover: 3}]", r"step 1 \(recover\): settings must be a mapping .*got 3"),
+        ("steps: [{recover: [alpha]}]", r"step 1 \(recover\): settings must be a mapping"),
+        ("steps: [{recover: {1: 2}}]", r"step 1 \(recover\): settings must be a mapping"),
+        ("steps: [recover, {prune.unstructured: {sparsity: 2}}]", r"step 2: Unstructured\.sparsity.*got 2"),
+        ("steps: [{prune.unstructured: {}}]", r"step 1: Unstructured\.sparsity: Field required"),
+        ("steps: [{prune.unstructured: {sparsity: 0.5, criterion: x}}]", r"step 1: Unstructured\.criterion.*'x'"),
+        ("steps: [{quantize.static: {range: mse}}]", r"step 1: Static\.range: Extra inputs.*got 'mse'"),
+        ("steps: [{recover: {schedule: {lr: high}}}]", r"step 1: Recover\.schedule.*Schedule\.lr.*got 'high'"),
+        ("steps: [{recover: {schedule: {epochs: '3'}}}]", r"Schedule\.epochs.*got '3'"),
+    ],
+)
+def test_a_mistake_is_refused_saying_where(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^my.yaml.*{said}"):
+        parse_recipe(text, "my.yaml")
+
+
+def test_an_impossible_order_is_refused() -> None:
+    with pytest.raises(OrderError, match=r"step 2 \(recover\)"):
+        parse_recipe("steps: [quantize.static, recover]")
+
+
+def test_a_file_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    file = tmp_path / "wrong.yaml"
+    file.write_text("steps: [nothing]")
+    with pytest.raises(ConfigError, match=rf"{file}, step 1"):
+        load_recipe(file)
+    file.write_bytes(b"\xff\xfe\x00steps")
+    with pytest.raises(ConfigError, match=r"wrong\.yaml"):
+        load_recipe(file)
+
+
+def test_a_recipe_is_resolved_from_whatever_names_it(tmp_path: Path) -> None:
+    both, only_float = frozenset({"float32", "int8"}), frozenset({"float32"})
+    recipe = Recipe([Recover()], name="mine")
+    file = tmp_path / "mine.yml"
+    file.write_text(dump_recipe(recipe))
+    assert resolve(recipe, both) is recipe
+    assert resolve(file, both) == resolve(str(file), only_float) == recipe
+    assert resolve("int8", both) == parse_recipe(preset_text("int8"))
+    assert resolve("auto", both).steps == (Static(),)
+    assert resolve("auto", only_float).steps == ()
+    with pytest.raises(ConfigError, match=r"\['convert', 'int8', 'prune-recover-int8'\].*got 'int4'"):
+        resolve("int4", both)
