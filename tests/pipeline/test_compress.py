@@ -305,14 +305,7 @@ def test_quantize_prune_recover_quantize_works(watched: Watched) -> None:
     ("runtime", "recipe"),
     [
         ("onnxruntime", "prune-recover-int8"),
-        pytest.param(
-            "openvino",
-            "int8",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="OpenVINO numbers unnamed constants by a counter of the process: model.xml differs in names",
-            ),
-        ),
+        ("openvino", "int8"),
     ],
 )
 def test_the_same_seed_gives_the_same_bytes_and_certificate(

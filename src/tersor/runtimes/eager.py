@@ -55,7 +55,9 @@ class Eager(Runtime):
         try:
             save_model(candidate.module, str(path))
         except SafetensorError as error:  # its own form of an OSError
-            raise OutputDirectoryError(f"cannot write {path} ({error}); free space or choose another place") from error
+            raise OutputDirectoryError(
+                f"cannot write {path}: {error}; nothing was left behind. Free space or choose another directory"
+            ) from error
         return [path]
 
     def load(

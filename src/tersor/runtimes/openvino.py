@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tersor.runtimes.base import Array, Build, Runtime, Session
 from tersor.runtimes.onnx_export import write_onnx
 
 FILE = "model.xml"
+_COUNTED = re.compile(r"[A-Z][A-Za-z]+_\d+")  # e.g. Reshape_3389; the exporter's own names begin in lower case
 _COMPUTES = {"Convolution", "MatMul", "FullyConnected", "Add", "Eltwise", "Pooling", "Multiply", "Subgraph"}
 
 
@@ -46,6 +48,13 @@ class OpenVinoSession(Session):
         return np.array(results[0])
 
 
+def _number_from_zero(model: Any) -> None:
+    """Renames operations that OpenVINO named by a counter of this process, so that equal models are equal files."""
+    for index, operation in enumerate(model.get_ordered_ops()):
+        if _COUNTED.fullmatch(operation.get_friendly_name()):
+            operation.set_friendly_name(f"{operation.get_type_name()}_{index}")
+
+
 class OpenVino(Runtime):
     """Exports `model.xml` and `model.bin`."""
 
@@ -65,6 +74,7 @@ class OpenVino(Runtime):
             write_onnx(candidate, example, source, signature)
             try:
                 model = openvino.convert_model(str(source))
+                _number_from_zero(model)
             except Exception as error:
                 raise ExportError(f"OpenVINO could not convert the model: {str(error).splitlines()[0]}") from error
             try:
