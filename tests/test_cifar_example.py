@@ -53,7 +53,7 @@ def test_it_is_a_third_of_the_size_and_all_in_int8(report: dict[str, Any]) -> No
 
 
 def test_it_is_still_a_good_network(report: dict[str, Any]) -> None:
-    assert report["baseline"]["metric"] > 0.9
+    assert report["baseline"]["metric"] > 0.86
     assert report["deployed"]["metric"] > report["baseline"]["metric"] - 0.01
     assert report["changes"]["n"] == 2000
     assert [row["name"] for row in report["changes"]["per_class"]][:2] == ["airplane", "automobile"]

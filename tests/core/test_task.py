@@ -290,6 +290,17 @@ def test_overlap_is_refused_naming_both_splits_and_how_much(first: Any, second: 
         Task(train=first, report=second)
 
 
+def test_overlap_shows_when_every_look_at_an_example_is_different() -> None:
+    class Noisy(Rows):
+        def __getitem__(self, index: int) -> Any:
+            return self.rows[index] + torch.rand(3), 0
+
+    noisy = Noisy(list(X))
+    with pytest.raises(OverlapError, match="share 2 example"):
+        Task(train=Subset(noisy, range(12)), report=Subset(Subset(noisy, range(10, 20)), range(10)))
+    assert len(Task(train=Subset(noisy, range(12)), report=Subset(noisy, range(12, 20))).splits["report"]) == 8
+
+
 def test_overlap_of_calibrate_with_what_measures_is_refused() -> None:
     with pytest.raises(OverlapError, match="'calibrate' and 'certify'"):
         Task(calibrate=X[:5], certify=X[4:])

@@ -104,9 +104,11 @@ def test_zero_is_exact_and_the_range_is_covered(scheme: QuantScheme, one: float,
 
 def test_codes_of_halves_are_the_ones_rounded_to() -> None:
     """Values between two codes: PyTorch's kernel and a plain division disagree on some of them."""
-    values = torch.arange(-127.0, 128.0).repeat(5, 1) / 2 * torch.tensor([[0.1], [0.3], [0.7], [1.1], [3.3]])
+    values = torch.arange(-126.0, 127.0).repeat(4, 1) / 2 * torch.tensor([[0.109375], [0.3], [0.7], [1.1]])
     quantizer = FakeQuantize(QuantScheme(bits=7, signed=True, symmetric=True, axis=0))
     quantizer.set_range(values.amin(1), values.amax(1))
+    plain = (values / quantizer.scale[:, None]).round().to(torch.int8)
+    assert not torch.equal(plain, quantizer.codes(values)), "these values do not show the difference"
     assert torch.equal(quantizer.codes(values).float() * quantizer.scale[:, None], quantizer(values))
 
 
