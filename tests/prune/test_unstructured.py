@@ -105,6 +105,15 @@ def test_what_an_earlier_round_removed_stays_removed(first: float, then: float, 
         assert zeros(later) == zeros(earlier)  # every layer has less than its floor already
 
 
+def test_the_floor_protects_what_is_left_not_what_is_gone() -> None:
+    module = nn.ParameterDict({"large": normal(10, 10), "small": 1e-6 * normal(10, 10, seed=1)})
+    earlier = {path: weight.abs() < weight.abs().median() for path, weight in module.items()}  # the largest are gone
+    later = unstructured_masks(module, 0.74, floor=0.25, masks=earlier)
+    assert int(later["small"].sum()) == 25
+    assert not any(bool((later[path] & ~earlier[path]).any()) for path in earlier)
+    assert zeros(later) == 148
+
+
 def test_the_step_zeroes_a_copy_and_says_so(noticed: Callable[[nn.Module], str]) -> None:
     module = seeded(Mlp)
     before = noticed(module)
