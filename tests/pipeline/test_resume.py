@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -60,7 +61,10 @@ def run(problem: Any, out: Path, **changed: Any) -> tersor.Result:
 def start(problem: Any, out: Path, *options: str) -> subprocess.Popen[str]:
     tests = str(Path(__file__).resolve().parents[1])
     command = [sys.executable, "-c", CHILD, str(problem.directory), str(out), tests, *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603
+    scratch = out.with_name("scratch")  # what a killed process leaves in its temporary directory
+    scratch.mkdir(exist_ok=True)
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)  # noqa: S603
 
 
 def killed_after(problem: Any, out: Path, seconds: float, *options: str) -> bool:

@@ -168,6 +168,13 @@ def test_a_net_without_layers_is_refused_by_name() -> None:
         quantized(module, context_for(module, MLP_DATA))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_numbers_than_float32_are_refused(dtype: torch.dtype) -> None:
+    module = seeded(Mlp).to(dtype)
+    with pytest.raises(UnsupportedError, match=rf"takes float32 models, Mlp has \['{dtype}'\]; call model\.float"):
+        quantized(module, context_for(module, MLP_DATA.to(dtype)))
+
+
 def test_calibration_needs_its_split() -> None:
     module = seeded(Mlp)
     with pytest.raises(DataError, match=r"quantize\.static needs a 'calibrate' split"):

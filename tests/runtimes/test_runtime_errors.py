@@ -226,6 +226,13 @@ def test_a_model_that_cannot_be_traced_says_so(runtime: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_operator_that_openvino_cannot_take_is_named(tmp_path: Path) -> None:
+    module = seeded(lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"))
+    with pytest.raises(ExportError, match=r"OpenVINO could not convert the model: .*Failed operations.*Conv"):
+        exported(Candidate(module), context(module, CNN_DATA, "openvino"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 class Missing(OnnxRuntime):
     name: ClassVar[str] = "missing"
     package: ClassVar[str] = "a_package_that_does_not_exist"

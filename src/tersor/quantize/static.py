@@ -62,6 +62,12 @@ class Static(Step):
         """Captures, folds, places, calibrates; the result carries the plan and its simulation."""
         started = time.perf_counter()
         split = context.task.require("calibrate", self.name)
+        kinds = {tensor.dtype for tensor in candidate.module.parameters() if tensor.is_floating_point()}
+        if kinds - {torch.float32}:
+            raise UnsupportedError(
+                f"{self.name} takes float32 models, {type(candidate.module).__name__} has {sorted(map(str, kinds))}; "
+                "call model.float() first"
+            )
         example = context.task.example(CAPTURE_BATCH)
         names = input_names(candidate.module, example)
         simulation = capture(

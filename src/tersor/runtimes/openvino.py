@@ -76,7 +76,8 @@ class OpenVino(Runtime):
                 model = openvino.convert_model(str(source))
                 _number_from_zero(model)
             except Exception as error:
-                raise ExportError(f"OpenVINO could not convert the model: {str(error).splitlines()[0]}") from error
+                reason = " ".join(str(error).split())[:400]  # the first line alone is only a place in its source
+                raise ExportError(f"OpenVINO could not convert the model: {reason}") from error
             try:
                 openvino.save_model(model, str(directory / FILE), compress_to_fp16=False)
             except Exception as error:  # a full disk reads "basic_ios::clear: iostream error"
