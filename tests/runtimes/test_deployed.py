@@ -143,6 +143,7 @@ def test_a_session_takes_arrays_and_tensors_by_position_and_by_name(
     assert np.array_equal(by_tensor.numpy(), by_array)
     assert np.array_equal(session(table=table.numpy(), image=image.numpy()), by_array)
     assert np.array_equal(session(image.numpy(), table=table.numpy()), by_array)
+    assert isinstance(session(image, table.numpy()), Tensor)  # one tensor among the inputs is enough
     turned = image.transpose(2, 3).contiguous().transpose(2, 3)  # the same values, another layout
     assert not turned.is_contiguous()
     assert torch.equal(session(turned, table), by_tensor)
