@@ -51,7 +51,8 @@ def _coverage(plan: Plan, deployed: Exported, layers: list[Layer], total_macs: i
     candidate = deployed.candidate
     quantized = candidate.plan.weights if candidate.plan is not None else {}
     total = sum(parameter.numel() for parameter in candidate.module.parameters())
-    in_int8 = sum(candidate.module.get_parameter(path).numel() for path in quantized)
+    parameters = dict(candidate.module.named_parameters(remove_duplicate=False))
+    in_int8 = sum(parameters[path].numel() for path in quantized if path in parameters)  # a weight may be a buffer
     pruned = sum(int((~mask).sum()) for mask in candidate.masks.values())
     int8_macs = sum(layer.macs for layer in layers if layer.precision == "int8")
     operators: list[str] = []
