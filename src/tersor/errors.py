@@ -11,7 +11,9 @@ Each message says what was expected, what arrived, where, and what to do next::
     ├── ModelError                         the model cannot be used as it is
     │   ├── NonFiniteError(ValueError)     NaN or Inf in weights, activations, outputs or a metric
     │   ├── OutputError(TypeError)         the model returns a dict or tuple and no output was declared
-    │   └── CaptureError                   `torch.export` cannot trace the model
+    │   ├── CaptureError                   `torch.export` cannot trace the model
+    │   ├── SurgeryError                   a surgery does not fit the model
+    │   └── CoverageError                  nothing can be pruned
     ├── RuntimeUnavailableError(ImportError)  the target runtime is not installed
     ├── UnsupportedError                   the target has no kernel or form for what was asked
     ├── ExportError                        a runtime could not take the model
@@ -63,6 +65,14 @@ class OutputError(ModelError, TypeError):
 
 class CaptureError(ModelError):
     """`torch.export` cannot trace the model."""
+
+
+class SurgeryError(ModelError):
+    """A surgery does not fit the model that it is applied to, or its result is wrong."""
+
+
+class CoverageError(ModelError):
+    """Nothing in the model can be pruned."""
 
 
 class RuntimeUnavailableError(TersorError, ImportError):

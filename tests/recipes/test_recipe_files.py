@@ -7,7 +7,7 @@ import pytest
 from tersor.core.recipe import Recipe
 from tersor.distill import Recover
 from tersor.errors import ConfigError, OrderError
-from tersor.prune import Unstructured
+from tersor.prune import Gradual, LotteryTicket, Unstructured
 from tersor.quantize import Static
 from tersor.recipes import dump_recipe, load_recipe, parse_recipe, preset_names, preset_text, resolve, step_types
 from tersor.train import Schedule
@@ -53,7 +53,13 @@ def test_every_setting_survives_the_way_through_yaml() -> None:
 
 
 def test_every_known_step_has_its_name() -> None:
-    assert step_types() == {"prune.unstructured": Unstructured, "quantize.static": Static, "recover": Recover}
+    assert step_types() == {
+        "prune.gradual": Gradual,
+        "prune.lottery_ticket": LotteryTicket,
+        "prune.unstructured": Unstructured,
+        "quantize.static": Static,
+        "recover": Recover,
+    }
 
 
 def test_a_step_without_settings_may_be_only_its_name() -> None:
@@ -75,14 +81,14 @@ def test_a_step_without_settings_may_be_only_its_name() -> None:
         ("steps: {", "not valid YAML: .*line 1"),
         ("steps:\n  - recover\n - static", "not valid YAML: .*line"),
         ("steps: [!!python/object/apply:os.system ['true']]", "not valid YAML"),
-        ("steps: [recover, prun]", r"step 2: expected a step of \['prune.unstructured', .*got 'prun'"),
+        ("steps: [recover, prun]", r"step 2: expected a step of \['prune.gradual', .*got 'prun'"),
         ("steps: [5]", "step 1: expected one 'name: settings', got 5"),
         ("steps: [{recover: {}, quantize.static: {}}]", "step 1: expected one 'name: settings'"),
         ("steps: [{recover: 3}]", r"step 1 \(recover\): settings must be a mapping .*got 3"),
         ("steps: [{recover: [alpha]}]", r"step 1 \(recover\): settings must be a mapping"),
         ("steps: [{recover: {1: 2}}]", r"step 1 \(recover\): settings must be a mapping"),
         ("steps: [recover, {prune.unstructured: {sparsity: 2}}]", r"step 2: Unstructured\.sparsity.*got 2"),
-        ("steps: [{prune.unstructured: {}}]", r"step 1: Unstructured\.sparsity: Field required"),
+        ("steps: [{prune.unstructured: {}}]", r"step 1: Unstructured.*expected a sparsity or a threshold"),
         ("steps: [{prune.unstructured: {sparsity: 0.5, criterion: x}}]", r"step 1: Unstructured\.criterion.*'x'"),
         ("steps: [{quantize.static: {range: mse}}]", r"step 1: Static\.range: Extra inputs.*got 'mse'"),
         ("steps: [{recover: {schedule: {lr: high}}}]", r"step 1: Recover\.schedule.*Schedule\.lr.*got 'high'"),

@@ -1,5 +1,21 @@
 """Pruning: criteria, masks, and the steps that use them."""
 
-from tersor.prune.unstructured import Unstructured, unstructured_masks
+from tersor.prune.gradual import Gradual, Training, gradual
+from tersor.prune.lottery import LotteryTicket, Rounds, lottery_ticket
+from tersor.prune.schedule import SparsitySchedule
+from tersor.prune.sparsity import Sparsity
+from tersor.prune.unstructured import SparsityReport, Unstructured, unstructured
 
-__all__ = ["Unstructured", "unstructured_masks"]
+__all__ = [
+    "Gradual",
+    "LotteryTicket",
+    "Rounds",
+    "Sparsity",
+    "SparsityReport",
+    "SparsitySchedule",
+    "Training",
+    "Unstructured",
+    "gradual",
+    "lottery_ticket",
+    "unstructured",
+]

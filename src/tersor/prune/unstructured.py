@@ -1,109 +1,218 @@
-"""Unstructured pruning: zeroes single weights, ranked over the whole model.
+"""Unstructured pruning: zeroes single weights, N of M, or blocks of them.
 
-Makes the model sparse, not faster: no runtime here has kernels that skip scattered zeros. Han et al. 2015,
-https://arxiv.org/abs/1506.02626.
+Makes the model sparse, not faster: no runtime here has kernels that skip zeros. Han et al. 2015,
+https://arxiv.org/abs/1506.02626; how much to keep where: https://arxiv.org/abs/2010.07611.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tersor.core.candidate import Candidate, apply_masks
+from tersor.core.candidate import Candidate
 from tersor.core.context import Context
 from tersor.core.step import Kind, Step
-from tersor.errors import ConfigError, UnsupportedError
-from tersor.prune import criteria
+from tersor.prune import masks as keep_masks
+from tersor.prune.encoding import encode
+from tersor.prune.measured import measured_on
+from tersor.prune.selection import Selection, install, select
+from tersor.prune.sparsity import (
+    Allocation,
+    CriterionName,
+    PatternName,
+    Reconstruction,
+    Share,
+    Sparsity,
+    measure,
+)
+
+NO_SPEED_UP = "no speed-up expected on this runtime: its kernels multiply the zeros as well; dense files stay as large"
 
 
-def unstructured_masks(
-    module: nn.Module,
-    sparsity: float,
+class Settings(TypedDict, total=False):
+    """Fields of `Sparsity`, as keyword arguments."""
+
+    threshold: float | None
+    criterion: str
+    pattern: str
+    allocation: Allocation
+    floor: float
+    reconstruct: Reconstruction | None
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One weight: `sparsity` is its share of zeros by mask, `stored_bytes` its size if stored sparse."""
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    stored_bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """A sparse model and what is known about it.
+
+    Attributes:
+        model: With zeros where the masks say so.
+        masks: Parameter path -> boolean keep-mask of its shape.
+        sparsity: Share of zeros over all weights (two or more dimensions), skipped ones included.
+        layers: One row per weight.
+        skipped: Parameter paths that stay dense, with the reason.
+        stored_bytes: All parameters and buffers, sparse ones encoded (`tersor.prune.encoding`), measured.
+        dense_bytes: The same without sparse encoding.
+        notes: What a reader must know.
+    """
+
+    model: nn.Module
+    masks: dict[str, Tensor]
+    sparsity: float
+    layers: list[SparseLayer]
+    skipped: list[tuple[str, str]]
+    stored_bytes: int
+    dense_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    def finalize(self) -> nn.Module:
+        """Makes the masks permanent and returns the model; raises `ModelError` if they cannot hold."""
+        return keep_masks.finalize(self.model, self.masks)
+
+
+def unstructured(
+    model: nn.Module,
+    amount: float | None = None,
     *,
-    criterion: str = "magnitude",
-    floor: float = 0.01,
+    data: Any = None,
+    loss: Callable[[Any, Tensor | None], Tensor] | None = None,
     masks: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Keep-masks under which a share `sparsity` of all weights is zero, the lowest scores first.
+    inplace: bool = False,
+    **settings: Unpack[Settings],
+) -> SparsityReport:
+    """Zeroes the least important weights of a copy of `model`.
 
-    Ranks the entries of every parameter with at least two dimensions together. Does not change `module`.
+    ```python
+    report = tersor.prune.unstructured(model, 0.8)                                    # 80 % of all weights
+    report = tersor.prune.unstructured(model, pattern="2:4", criterion="wanda", data=batches)
+    report = tersor.prune.unstructured(model, 0.5, reconstruct="sparsegpt", data=batches)
+    report = tersor.prune.unstructured(model, threshold=1e-3, criterion="l1")
+    ```
 
     Args:
-        module: The model.
-        sparsity: Share of zeros over all ranked weights, in [0, 1).
-        criterion: A name from `prune.criteria`.
-        floor: Share of every single weight tensor that is kept, so that no layer dies.
-        masks: Entries that an earlier round removed; they stay removed and count towards `sparsity`.
-
-    Returns:
-        Parameter path -> boolean mask of its shape, True where kept.
+        model: Stays as it is unless `inplace`.
+        amount: Share of the weights that goes, in [0, 1); 0.5 where nothing else decides. Not with `threshold`.
+        data: For criteria and reconstructions that are measured: a split, one batch, or an iterable of batches.
+        loss: For criteria from gradients: `(outputs, labels) -> scalar`.
+        masks: Of an earlier round; what they removed stays removed and counts.
+        inplace: Changes `model` itself.
+        **settings: Further fields of `Sparsity`: `threshold`, `criterion` ("l1"), `pattern` ("unstructured", "2:4",
+            "4x1"), `allocation` ("global", "uniform", "output", "erk" or amounts by glob pattern), `floor`,
+            `reconstruct`.
 
     Raises:
-        ConfigError: if a share is out of range or the criterion is unknown.
+        ConfigError: if a setting is wrong, or data or loss is missing.
         UnsupportedError: if there is nothing to prune.
     """
-    if not 0 <= sparsity < 1 or not 0 <= floor < 1:
-        raise ConfigError(f"sparsity and floor must be in [0, 1), got {sparsity} and {floor}")
-    if criterion not in criteria.__all__:
-        raise ConfigError(f"criterion: expected one of {criteria.__all__}, got {criterion!r}")
-    score = getattr(criteria, criterion)
-    weights = {path: weight for path, weight in module.named_parameters() if weight.ndim >= 2}
-    if not weights:
-        raise UnsupportedError(
-            f"{type(module).__name__} has no parameter with two or more dimensions: there is nothing to prune"
-        )
-    scores = {}
-    for path, weight in weights.items():
-        values = score(weight).flatten().float()
-        gone = ~masks[path].flatten() if masks and path in masks else torch.zeros_like(values, dtype=torch.bool)
-        kept = max(1, round(floor * len(values)))
-        values[values.masked_fill(gone, -torch.inf).topk(kept).indices] = torch.inf
-        scores[path] = values.masked_fill(gone, -torch.inf)
-    ranked = torch.cat(list(scores.values()))
-    already = int((ranked == -torch.inf).sum())
-    removed = max(already, min(round(sparsity * len(ranked)), int((ranked < torch.inf).sum())))
-    mask = torch.ones(len(ranked), dtype=torch.bool)
-    mask[ranked.argsort(stable=True)[:removed]] = False
-    parts = torch.split(mask, [len(values) for values in scores.values()])
-    return {path: part.reshape(weights[path].shape) for path, part in zip(scores, parts, strict=True)}
+    wanted = Sparsity(amount=amount, **settings)
+    evidence = measure(model, wanted, data, loss)
+    selection = select(model, wanted, evidence=evidence, masks=masks)
+    changed = model if inplace else copy.deepcopy(model)
+    install(changed, selection)
+    return _report(changed, selection, wanted, {path: about.output_dim for path, about in evidence.items()})
+
+
+def _report(model: nn.Module, selection: Selection, settings: Sparsity, output_dims: dict[str, int]) -> SparsityReport:
+    layers, rest = [], 0
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for path, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if tensor.ndim < 2 or not isinstance(tensor, nn.Parameter):
+            rest += size
+            continue
+        mask = selection.masks.get(path)
+        stored, share = size, 0.0
+        if mask is not None:
+            stored = len(encode(tensor, mask, settings.pattern_, output_dims.get(path, 0)))
+            share = 1 - int(mask.sum()) / max(1, mask.numel())
+        layers.append(SparseLayer(path, tuple(tensor.shape), share, stored, size))
+    stored_bytes = rest + sum(layer.stored_bytes for layer in layers)
+    dense_bytes = rest + sum(layer.dense_bytes for layer in layers)
+    entries = sum(torch.Size(layer.shape).numel() for layer in layers)
+    zeros = sum(int((~mask).sum()) for mask in selection.masks.values())
+    notes = [
+        f"{zeros:,} of {entries:,} weights ({zeros / max(1, entries):.1%}) are zero",
+        f"{stored_bytes:,} bytes if stored sparse, {dense_bytes:,} dense",
+        NO_SPEED_UP,
+        *(f"{path} stays dense: {reason}" for path, reason in selection.skipped),
+    ]
+    return SparsityReport(
+        model, selection.masks, zeros / max(1, entries), layers, selection.skipped, stored_bytes, dense_bytes, notes
+    )
 
 
 class Unstructured(Step):
-    """Prunes the globally least important weights; the masks hold through later training."""
+    """Prunes the least important weights; the masks hold through later training.
+
+    Settings as in `Sparsity`, with `sparsity` for its amount. Criteria and reconstructions that are measured look at
+    `samples` examples of the calibrate split.
+    """
 
     name: ClassVar[str] = "prune.unstructured"
     kind: ClassVar[Kind] = "prune"
 
-    sparsity: float = Field(ge=0, lt=1)
-    criterion: str = "magnitude"
-    floor: float = Field(default=0.01, ge=0, lt=1)
+    sparsity: Share | None = None
+    threshold: float | None = None
+    criterion: CriterionName = "l1"
+    pattern: PatternName = "unstructured"
+    allocation: Allocation = "global"
+    floor: Share = 0.01
+    reconstruct: Reconstruction | None = None
+    samples: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
 
-    @field_validator("criterion")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in criteria.__all__:
-            raise ValueError(f"expected one of {criteria.__all__}")
-        return name
+    @model_validator(mode="after")
+    def _fits(self) -> Unstructured:
+        decided = isinstance(self.allocation, dict) or ":" in self.pattern
+        if self.sparsity is None and self.threshold is None and not decided:
+            raise ValueError("expected a sparsity or a threshold")
+        self.settings()
+        return self
+
+    def settings(self) -> Sparsity:
+        """As what the functions take."""
+        return Sparsity(
+            amount=self.sparsity,
+            threshold=self.threshold,
+            criterion=self.criterion,
+            pattern=self.pattern,
+            allocation=self.allocation,
+            floor=self.floor,
+            reconstruct=self.reconstruct,
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]  # depends on the settings
+        """The calibrate split, where something is measured."""
+        return frozenset({"calibrate"} if self.settings().needs else ())
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Computes masks on a copy and zeroes the weights."""
         started = time.perf_counter()
-        fresh = candidate.for_weights()
-        masks = unstructured_masks(
-            fresh.module, self.sparsity, criterion=self.criterion, floor=self.floor, masks=fresh.masks
+        fresh, settings = candidate.for_weights(), self.settings()
+        evidence = measured_on(
+            fresh.module, settings, context, self.name, samples=self.samples, batch_size=self.batch_size
         )
-        apply_masks(fresh.module, masks)
-        zeros = sum(int((~mask).sum()) for mask in masks.values())
-        total = sum(mask.numel() for mask in masks.values())
-        notes = [
-            f"{zeros:,} of {total:,} weights ({zeros / total:.1%}) are zero",
-            "no speed-up expected: no runtime here skips scattered zeros; dense file sizes stay as well",
-        ]
+        selection = select(fresh.module, settings, evidence=evidence, masks=fresh.masks)
+        install(fresh.module, selection)
+        dims = {path: about.output_dim for path, about in evidence.items()}
+        notes = _report(fresh.module, selection, settings, dims).notes
         seconds = time.perf_counter() - started
-        return replace(fresh, masks=masks).record(self.name, self.model_dump(mode="json"), seconds, notes)
+        return replace(fresh, masks=selection.masks).record(self.name, self.model_dump(mode="json"), seconds, notes)

@@ -1,0 +1,158 @@
+"""The reference that a pruned model must equal: the original with the removed units masked.
+
+Masked means: every entry of every parameter that belongs to a removed unit is zero. Where a statistic runs over a
+dimension that is cut - a layer norm, a mean over channels, a sum of products of two activations - it is computed
+over the entries that stay, because that is what the pruned model does; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersor.graph.attention import prunable_attention
+from tersor.graph.coupling.couple import Coupling, classes_of, named_tensors, run_model
+from tersor.graph.coupling.labels import Ledger, support
+from tersor.graph.coupling.rules import RULES, fallback
+from tersor.graph.coupling.rules.pointwise import _REDUCTIONS
+from tersor.graph.coupling.trace import Rule, Trace, observed
+
+_STATISTICS = {f"aten.{name}" for name in _REDUCTIONS.split()}
+_NORMS = {"aten.native_layer_norm": 2, "aten._fused_rms_norm": 2}
+_PRODUCTS = {"aten.mm": 1, "aten.bmm": 1, "aten.addmm": 2, "aten.baddbmm": 2}
+
+
+class _Masked(Trace):
+    """A trace that knows which classes are gone and computes statistics without them."""
+
+    gone: np.ndarray[Any, np.dtype[np.bool_]]
+    numbers: np.ndarray[Any, np.dtype[Any]]
+    _cached: tuple[int, Tensor] | None = None
+
+    def kept(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """Indices that stay along a dimension; None if all do."""
+        for block in self.blocks(tensor):
+            if dim in support(block):
+                alive = self._alive(block)
+                others = sorted(support(block) - {dim})
+                vector = alive.amax(others).flatten() if others else alive.flatten()
+                if len(vector) == tensor.shape[dim] and not bool(vector.all()):
+                    return vector.nonzero().flatten()
+        return None
+
+    def _alive(self, block: Tensor) -> Tensor:
+        if bool((block < self.learned).all()):
+            return torch.from_numpy(~self.gone[self.numbers[block.numpy()]])
+        found = self.ledger.classes()  # labels of new tensors: what they have met so far decides
+        dead = np.zeros(int(found.max()) + 1, dtype=bool)
+        dead[found[: self.learned][self.gone[self.numbers[: self.learned]]]] = True
+        return torch.from_numpy(~dead[found[block.numpy()]])
+
+
+def masked_outputs(
+    model: nn.Module,
+    coupling: Coupling,
+    removed: Mapping[str, Tensor],
+    runs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    rules: Mapping[str, Rule] | None = None,
+) -> list[Any]:
+    """Outputs of the masked original, one per run.
+
+    Args:
+        model: The original, in evaluation mode; it stays as it is.
+        coupling: Of the model.
+        removed: Family name -> numbers of the removed units.
+        runs: Arguments of the model.
+        rules: As given to `couple`.
+    """
+    assert coupling.numbers is not None
+    masked = copy.deepcopy(model)
+    tensors = named_tensors(masked)
+    classes: list[int] = []
+    with torch.no_grad():
+        for name, units in removed.items():
+            family = coupling[name]
+            classes += classes_of(coupling, family, units)
+            for place, rows in family.members.items():
+                tensor = tensors[place.parameter]
+                if isinstance(tensor, nn.Parameter):
+                    tensor.index_fill_(place.dim, rows[units].flatten(), 0.0)
+    gone = np.zeros(int(coupling.numbers.max()) + 1, dtype=bool)
+    gone[classes] = True
+    outputs = []
+    for args, kwargs in runs:
+        trace = _Masked(Ledger(), {**RULES, **(rules or {})}, fallback)
+        trace.gone, trace.numbers = gone, coupling.numbers
+        trace.adopt(tensors)
+        trace.before = _statistic
+        with prunable_attention(masked), observed(masked, trace):
+            out = run_model(masked, args, kwargs)
+        outputs.append(out)
+    return outputs
+
+
+def _statistic(trace: Trace, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Computes an operator without what is gone; `NotImplemented` if nothing of it concerns the operator."""
+    assert isinstance(trace, _Masked)
+    if name in _PRODUCTS:
+        return _product(trace, _PRODUCTS[name], func, args, kwargs)
+    if name in _NORMS:
+        return _norm(trace, func, args, kwargs)
+    if name == "aten.native_group_norm":
+        return _group_norm(trace, func, args)
+    if name in _STATISTICS and isinstance(args[0], Tensor) and args[0].ndim:
+        return _reduction(trace, name, func, args, kwargs)
+    return NotImplemented
+
+
+def _product(trace: _Masked, position: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    left = args[position - 1]
+    kept = trace.kept(left, left.ndim - 1)
+    if kept is None:
+        return NotImplemented
+    mask = torch.zeros(left.shape[-1], dtype=left.dtype).index_fill_(0, kept, 1.0)
+    return func(*args[: position - 1], left * mask, *args[position:], **kwargs)
+
+
+def _norm(trace: _Masked, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    values, sizes = args[0], args[1]
+    kept = trace.kept(values, values.ndim - 1) if len(sizes) == 1 else None
+    if kept is None:
+        return NotImplemented
+    affine = [part.index_select(0, kept) if isinstance(part, Tensor) else part for part in args[2:4]]
+    result = list(func(values.index_select(-1, kept), [len(kept)], *affine, *args[4:], **kwargs))
+    result[0] = torch.zeros_like(values).index_copy_(-1, kept, result[0].to(values.dtype))
+    return tuple(result)
+
+
+def _group_norm(trace: _Masked, func: Any, args: tuple[Any, ...]) -> Any:
+    image, weight, bias, batch, channels, pixels, groups, eps = args
+    kept = trace.kept(image, 1)
+    if kept is None:
+        return NotImplemented
+    per_group = channels // groups
+    left = len(set((kept // per_group).tolist()))
+    affine = [part.index_select(0, kept) if part is not None else None for part in (weight, bias)]
+    result = list(func(image.index_select(1, kept).contiguous(), *affine, batch, len(kept), pixels, left, eps))
+    result[0] = torch.zeros_like(image).index_copy_(1, kept, result[0])
+    return tuple(result)
+
+
+def _reduction(
+    trace: _Masked, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    values = args[0]
+    place = 2 if name in ("aten.linalg_vector_norm", "aten.norm") else 1
+    dims = args[place] if len(args) > place else kwargs.get("dim")
+    listed = dims if isinstance(dims, tuple | list) else [dims] if type(dims) is int else range(values.ndim)
+    changed = False
+    for dim in sorted({int(dim) % values.ndim for dim in listed} or set(range(values.ndim))):
+        kept = trace.kept(args[0], dim)
+        if kept is not None:
+            values, changed = values.index_select(dim, kept), True
+    return func(values, *args[1:], **kwargs) if changed else NotImplemented
