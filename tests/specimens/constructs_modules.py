@@ -328,7 +328,7 @@ MODULES = [
     Specimen("experts_routed", partial(Experts, every=False), TOKENS, least=0.3, export=False),
     Specimen("experts_weighed", partial(Experts, every=True), TOKENS),
     # The second layer's width is a number in the code.
-    Specimen("made_inside", made_inside, SEQUENCES, least=0.3),
+    Specimen("made_inside", made_inside, SEQUENCES, least=0.0),  # all widths are fixed by what `forward` makes
     # `weight_norm` ties the outputs of the first layer to two parameters; the second gives half in any case.
     Specimen("parametrised", parametrised, SEQUENCES, least=0.3),
 ]

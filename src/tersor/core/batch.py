@@ -48,7 +48,9 @@ class Batch:
 
 
 def as_batch(item: Any, where: str = "batch") -> Batch:
-    """Reads a collated item: a tensor (inputs only), `(x, …, labels)`, `(x,)`, or a dict with or without labels."""
+    """Reads a collated item: a tensor (inputs only), `(x, …, labels)`, `(x,)`, a dict with or without labels, a batch."""
+    if isinstance(item, Batch):
+        return item
     if isinstance(item, Tensor):
         return Batch((item,), {}, None)
     if isinstance(item, Mapping):

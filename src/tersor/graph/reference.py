@@ -103,6 +103,8 @@ def _statistic(trace: Trace, name: str, func: Any, args: tuple[Any, ...], kwargs
         return _product(trace, _PRODUCTS[name], func, args, kwargs)
     if name in _NORMS:
         return _norm(trace, func, args, kwargs)
+    if name == "aten._weight_norm_interface":  # a direction that is masked has no length
+        return tuple(part.nan_to_num(0.0) for part in func(*args, **kwargs))
     if name == "aten.native_group_norm":
         return _group_norm(trace, func, args)
     if name in _STATISTICS and isinstance(args[0], Tensor) and args[0].ndim:

@@ -24,6 +24,7 @@ from tersor.graph.surgery import apply_surgery, plan_surgery
 
 TOLERANCE = 1e-4
 VISIBLE = 1e-6
+ATTEMPTS = 3  # other halves, where removing one shows nothing
 Run = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -73,9 +74,9 @@ class Verifier:
         with torch.no_grad():
             self.expected = [run_model(self.model, args, kwargs) for args, kwargs in self.runs]
 
-    def half(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def half(self, names: Sequence[str], attempt: int = 0) -> dict[str, Tensor]:
         """Half of the units of each family, at least one and not all, at random."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed + attempt)
         chosen = {}
         for name in names:
             size = self.coupling[name].size
@@ -87,24 +88,25 @@ class Verifier:
         """Prunes, and compares with the masked original."""
         return compare(self.model, self.coupling, removed, self.runs, rules=self.rules, expected=self.expected)
 
-    def settle(self) -> tuple[list[str], list[Frozen], float]:
-        """Finds the families that can be pruned, each alone and all together.
+    def settle(self, names: Sequence[str]) -> tuple[list[str], list[Frozen], float]:
+        """Finds which of these families can be pruned, each alone and all together.
 
         Returns:
             Names of sound families, what was frozen with the reason, and the largest error of what passed.
         """
         sound, frozen, worst = [], [], 0.0
-        for family in self.coupling.families:
-            if family.size < 2:
-                continue
-            verdict = self.check(self.half([family.name]))
+        for name in names:
+            for attempt in range(ATTEMPTS):
+                verdict = self.check(self.half([name], attempt))
+                if not verdict.ok or verdict.effect >= VISIBLE:
+                    break
             if verdict.ok and verdict.effect < VISIBLE:
                 verdict = Verdict(verdict.error, verdict.effect, "removing it has no visible effect to verify")
             if verdict.ok:
-                sound.append(family.name)
+                sound.append(name)
                 worst = max(worst, verdict.error)
             else:
-                frozen.append(Frozen(family.name, f"verification: {verdict.reason}"))
+                frozen.append(Frozen(name, f"verification: {verdict.reason}"))
         kept, more, error = self._together([], sound)
         return kept, frozen + more, max(worst, error)
 

@@ -4,18 +4,23 @@ from tersor.prune.gradual import Gradual, Training, gradual
 from tersor.prune.lottery import LotteryTicket, Rounds, lottery_ticket
 from tersor.prune.schedule import SparsitySchedule
 from tersor.prune.sparsity import Sparsity
+from tersor.prune.structure import Structure
+from tersor.prune.structured import PruneReport, structured
 from tersor.prune.unstructured import SparsityReport, Unstructured, unstructured
 
 __all__ = [
     "Gradual",
     "LotteryTicket",
+    "PruneReport",
     "Rounds",
     "Sparsity",
     "SparsityReport",
     "SparsitySchedule",
+    "Structure",
     "Training",
     "Unstructured",
     "gradual",
     "lottery_ticket",
+    "structured",
     "unstructured",
 ]

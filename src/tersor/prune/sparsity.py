@@ -145,21 +145,11 @@ def measure(
     if needs & FROM_LOSS and loss is None:
         raise ConfigError(f"{who} is taken from gradients; pass loss=..., a function (outputs, labels) -> scalar")
     paths = [path for path, weight in model.named_parameters() if weight.ndim >= 2 and weight.is_floating_point()]
-    return collect(model, _batches(data) if needs else (), needs=needs, loss=loss, parameters=paths)
+    return collect(model, batches_of(data) if needs else (), needs=needs, loss=loss, parameters=paths)
 
 
-def _batches(data: Any) -> Iterable[Any]:
+def batches_of(data: Any) -> Iterable[Any]:
+    """Batches from a split, one batch (a tensor, a tuple or a dict), or an iterable of batches."""
     if isinstance(data, Split):
-        data = data.batches(BATCH_SIZE)
-    elif isinstance(data, Tensor | tuple | dict | Batch):
-        data = [data]
-    return (_item(batch) if isinstance(batch, Batch) else batch for batch in data)
-
-
-def _item(batch: Batch) -> Any:
-    """A batch as a dataset gives it, labels last."""
-    if batch.kwargs:
-        return batch.kwargs | ({} if batch.labels is None else {"labels": batch.labels})
-    if batch.labels is None and len(batch.args) > 1:
-        return (*batch.args, torch.zeros(len(batch)))  # or the last input would be taken for the labels
-    return batch.args if batch.labels is None else (*batch.args, batch.labels)
+        return data.batches(BATCH_SIZE)
+    return [data] if isinstance(data, Tensor | tuple | dict | Batch) else data

@@ -106,6 +106,7 @@ def couple(
             module.training = mode
     trace.ledger.where = ""
     unused = _mirror(trace, tensors, starts)
+    _rectangular(trace)
     _follow_attributes(trace)
     _rectangular(trace)
     return _collect(trace, model, tensors, starts, unused)
@@ -168,34 +169,46 @@ def _mirror(
 
 def _follow_attributes(trace: Trace) -> None:
     """Sizes that one attribute gives are equal: the same positions go everywhere, or nothing does."""
+    classes = torch.from_numpy(trace.ledger.classes())
     by_attribute: dict[Attribute, list[Demand]] = defaultdict(list)
     for demand in trace.demands:
         by_attribute[demand.attribute].append(demand)
     for attribute, demands in by_attribute.items():
-        first = next((demand for demand in demands if demand.block is not None), None)
-        if first is None or first.block is None:
+        varying = [demand for demand in demands if _varies(demand, classes)]
+        if not varying:
             continue
-        for demand in demands:
-            if demand.block is None:
-                trace.ledger.freeze(first.block, f"{attribute} also sizes something that is fixed")
-            elif demand.block.numel() == first.block.numel() and demand.scale == first.scale:
-                trace.ledger.unite(demand.block.flatten(), first.block.flatten())
-            elif demand.block.shape[demand.dim] * first.scale == first.block.shape[first.dim] * demand.scale:
-                for left, right in ((demand.block, demand.dim), (first.block, first.dim)):
-                    restrict(trace.ledger, left, {right})
-                mine = _vector(demand.block, demand.dim)
-                other = _vector(first.block, first.dim)
-                if len(mine) == len(other):
-                    trace.ledger.unite(mine, other)
+        first = varying[0]
+        assert first.block is not None
+        if len(varying) < len(demands):
+            for demand in varying:
+                assert demand.block is not None
+                trace.ledger.freeze(demand.block, f"{attribute} also sizes something that is fixed")
+            continue
+        for demand in varying[1:]:
+            assert demand.block is not None
+            if demand.block.shape == first.block.shape and demand.dim == first.dim:
+                trace.ledger.unite(demand.block, first.block)
+                continue
+            mine = _vector(trace, demand)
+            other = _vector(trace, first)
+            if len(mine) == len(other):
+                trace.ledger.unite(mine, other)
             else:
                 trace.ledger.freeze(first.block, f"{attribute} sizes different things")
                 trace.ledger.freeze(demand.block, f"{attribute} sizes different things")
 
 
-def _vector(block: Tensor, dim: int) -> Tensor:
-    for other in support(block) - {dim}:
-        block = block.narrow(other, 0, 1)
-    return block.flatten()
+def _varies(demand: Demand, classes: Tensor) -> bool:
+    """Whether the size can change: whether the classes differ along the dimension."""
+    if demand.block is None:
+        return False
+    numbers = classes[demand.block]
+    return not bool((numbers == numbers.narrow(demand.dim, 0, 1)).all())
+
+
+def _vector(trace: Trace, demand: Demand) -> Tensor:
+    assert demand.block is not None
+    return restrict(trace.ledger, demand.block, {demand.dim})[0].flatten()
 
 
 def _rectangular(trace: Trace) -> None:
@@ -334,10 +347,3 @@ def classes_of(coupling: Coupling, family: Family, units: Tensor) -> list[int]:
     place, rows = next(iter(family.members.items()))
     labels = coupling.owner[str(place)] + rows[units, 0].numpy()
     return [int(number) for number in coupling.numbers[labels]]
-
-
-def kind_names() -> tuple[str, ...]:
-    """All kinds of units."""
-    return ("channel", "head", "hidden", "width")
-
-

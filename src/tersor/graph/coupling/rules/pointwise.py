@@ -115,7 +115,8 @@ def fallback(func: Any) -> Rule:
 
 _SAME = (
     "clone detach alias _to_copy lift_fresh lift_fresh_copy contiguous copy masked_fill where native_dropout "
-    "bernoulli _conj resolve_conj view_as_real fill zero _unsafe_masked_index view_as"
+    "bernoulli _conj resolve_conj view_as_real fill zero view_as hardswish "
+    "log_sigmoid_forward _prelu_kernel polar complex real imag isin special_ndtr dropout alpha_dropout"
 )
 _REDUCTIONS = (
     "sum mean amax amin aminmax var std var_mean std_mean prod any all norm linalg_vector_norm logsumexp max min median"

@@ -229,6 +229,15 @@ def _split(trace: Trace, call: Call, blocks: Blocks, dim: int, sizes: list[int])
     return blocks
 
 
+def gate(trace: Trace, call: Call) -> None:
+    """`glu`: the first half, gated by the second."""
+    source = call.args[0]
+    dim = int(call.argument(1, "dim", -1)) % source.ndim
+    blocks = trace.blocks(source)
+    _ties(trace, blocks, dim, 2)
+    trace.put(call.out, _cut(trace, blocks, dim, 0, source.shape[dim] // 2))
+
+
 def cat(trace: Trace, call: Call) -> None:
     """Labels side by side; the other dimensions must agree."""
     tensors = [tensor for tensor in call.args[0] if tensor.numel() or tensor.ndim > 1]
@@ -367,6 +376,7 @@ RULES: dict[str, Rule] = {
     "aten.split": split,
     "aten.unsafe_split": split,
     "aten.split_with_sizes": split,
+    "aten.glu": gate,
     "aten.cat": cat,
     "aten.stack": stack,
     "aten.constant_pad_nd": pad,
