@@ -48,7 +48,7 @@ class Batch:
 
 
 def as_batch(item: Any, where: str = "batch") -> Batch:
-    """Reads a collated item: a tensor (inputs only), `(x, …, labels)`, `(x,)`, a dict with or without labels, a batch."""
+    """Reads a collated item: a tensor (inputs only), `(x, …, labels)`, `(x,)`, a dict; a batch stays."""
     if isinstance(item, Batch):
         return item
     if isinstance(item, Tensor):

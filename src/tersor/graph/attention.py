@@ -20,7 +20,7 @@ class PrunableAttention(nn.MultiheadAttention):
     A module takes this class in place, its parameters and their names stay.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -39,8 +39,7 @@ class PrunableAttention(nn.MultiheadAttention):
             query, key, value = (part.transpose(0, 1) for part in (query, key, value))
         q, k, v = self._project(query, key, value)
         q, k, v = (
-            part.view(part.shape[0], part.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
-            for part in (q, k, v)
+            part.view(part.shape[0], part.shape[1], self.num_heads, self.head_dim).transpose(1, 2) for part in (q, k, v)
         )
         mask = self._mask(query, key, key_padding_mask, attn_mask, is_causal)
         weights = None
@@ -69,7 +68,7 @@ class PrunableAttention(nn.MultiheadAttention):
             functional.linear(part, weight, bias)
             for part, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], 1)
         if self.add_zero_attn:
@@ -90,7 +89,8 @@ class PrunableAttention(nn.MultiheadAttention):
         total = None
         if attn_mask is not None:
             total = _additive(attn_mask, query.dtype)
-            total = total[None, None] if total.dim() == 2 else total.unflatten(0, (query.shape[0], -1))
+            shape = (query.shape[0], -1, *total.shape[-2:])
+            total = total[None, None] if total.dim() == 2 else total.reshape(shape)
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, query.dtype)
             padding = padding[None] if padding.dim() == 1 else padding

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.graph.attention import prunable_attention
-from tersor.graph.coupling.couple import Coupling, classes_of, named_tensors, run_model
+from tersor.graph.coupling.couple import Coupling, named_tensors, run_model
 from tersor.graph.coupling.labels import Ledger, support
 from tersor.graph.coupling.rules import RULES, fallback
 from tersor.graph.coupling.rules.pointwise import _REDUCTIONS
@@ -70,24 +70,23 @@ def masked_outputs(
         runs: Arguments of the model.
         rules: As given to `couple`.
     """
-    assert coupling.numbers is not None
     masked = copy.deepcopy(model)
     tensors = named_tensors(masked)
     classes: list[int] = []
     with torch.no_grad():
         for name, units in removed.items():
             family = coupling[name]
-            classes += classes_of(coupling, family, units)
+            classes += coupling.classes_of(family, units)
             for place, rows in family.members.items():
                 tensor = tensors[place.parameter]
                 if isinstance(tensor, nn.Parameter):
                     tensor.index_fill_(place.dim, rows[units].flatten(), 0.0)
-    gone = np.zeros(int(coupling.numbers.max()) + 1, dtype=bool)
+    gone = np.zeros(int(coupling.classes.max()) + 1, dtype=bool)
     gone[classes] = True
     outputs = []
     for args, kwargs in runs:
         trace = _Masked(Ledger(), {**RULES, **(rules or {})}, fallback)
-        trace.gone, trace.numbers = gone, coupling.numbers
+        trace.gone, trace.numbers = gone, coupling.classes
         trace.adopt(tensors)
         trace.before = _statistic
         with prunable_attention(masked), observed(masked, trace):
@@ -98,7 +97,8 @@ def masked_outputs(
 
 def _statistic(trace: Trace, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Computes an operator without what is gone; `NotImplemented` if nothing of it concerns the operator."""
-    assert isinstance(trace, _Masked)
+    if not isinstance(trace, _Masked):
+        raise TypeError("only a masked trace knows what is gone")
     if name in _PRODUCTS:
         return _product(trace, _PRODUCTS[name], func, args, kwargs)
     if name in _NORMS:
@@ -145,9 +145,7 @@ def _group_norm(trace: _Masked, func: Any, args: tuple[Any, ...]) -> Any:
     return tuple(result)
 
 
-def _reduction(
-    trace: _Masked, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def _reduction(trace: _Masked, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     values = args[0]
     place = 2 if name in ("aten.linalg_vector_norm", "aten.norm") else 1
     dims = args[place] if len(args) > place else kwargs.get("dim")

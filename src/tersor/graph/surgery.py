@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tersor.core.surgery import Change, Cut, Surgery
 from tersor.errors import SurgeryError
 from tersor.graph.attention import attention_paths, free_attention
-from tersor.graph.coupling.couple import Coupling, classes_of, kept_sizes, named_tensors
+from tersor.graph.coupling.couple import Coupling, named_tensors
 from tersor.graph.coupling.family import Place
 from tersor.graph.coupling.integers import Attribute, owners, read_integer, write_integer
 
@@ -36,7 +36,7 @@ def plan_surgery(model: nn.Module, coupling: Coupling, removed: Mapping[str, Ten
         if len(units) >= family.size:
             raise SurgeryError(f"family {name!r} has {family.size} units, at least one must stay")
         if len(units):
-            classes += classes_of(coupling, family, units)
+            classes += coupling.classes_of(family, units)
             for place, rows in family.members.items():
                 gone[place].append(rows[units].flatten())
     cuts = []
@@ -48,15 +48,16 @@ def plan_surgery(model: nn.Module, coupling: Coupling, removed: Mapping[str, Ten
         kept = tuple(keep.nonzero().flatten().tolist())
         cuts.append(Cut(parameter=place.parameter, dim=place.dim, size=len(keep), kept=kept))
     cuts.sort(key=lambda cut: (list(tensors).index(cut.parameter), cut.dim))
-    values = {**kept_sizes(coupling, classes), **_described(model, cuts)}
+    values = {**coupling.attributes_without(classes), **_described(model, cuts)}
     holders = dict(owners(model))
     changes = []
     for attribute, value in values.items():
         before = int(read_integer(holders[attribute.owner], attribute))
         if before != value:
             changes.append(
-                Change(owner=attribute.owner, name=attribute.name, position=attribute.position, before=before,
-                       after=value)
+                Change(
+                    owner=attribute.owner, name=attribute.name, position=attribute.position, before=before, after=value
+                )
             )
     touched = {cut.parameter.rpartition(".")[0] for cut in cuts}
     freed = tuple(
@@ -207,5 +208,3 @@ def _convolution(path: str, module: nn.modules.conv._ConvNd, sizes: Mapping[tupl
         if columns is not None:
             result[Attribute(path, "out_channels")] = columns * module.groups
     return result
-
-

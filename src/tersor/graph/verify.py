@@ -139,9 +139,9 @@ def compare(
         pruned = apply_surgery(copy.deepcopy(model), plan_surgery(model, coupling, removed))
         with torch.no_grad():
             answers = [run_model(pruned, args, kwargs) for args, kwargs in runs]
-    except TersorError as error:
-        cause = error.__cause__
-        return Verdict(float("inf"), 0.0, f"the pruned model fails: {cause if cause is not None else error}")
+    except TersorError as failure:
+        cause = failure.__cause__ or failure
+        return Verdict(float("inf"), 0.0, f"the pruned model fails: {type(cause).__name__}: {cause}")
     del pruned
     masked = masked_outputs(model, coupling, removed, runs, rules)
     errors = [distance(answer, wanted) for answer, wanted in zip(answers, masked, strict=True)]
@@ -249,7 +249,5 @@ def _shorter(run: Run, tensors: Sequence[Tensor]) -> Run | None:
         return _changed(run, lambda v: v[..., : v.shape[-2] // 2, :].contiguous() if v.shape == first.shape else v)
     if first.ndim >= 2 and first.shape[1] > 2:
         size = first.shape[1]
-        return _changed(
-            run, lambda v: v[:, : size - 1].contiguous() if v.ndim > 1 and v.shape[1] == size else v
-        )
+        return _changed(run, lambda v: v[:, : size - 1].contiguous() if v.ndim > 1 and v.shape[1] == size else v)
     return None

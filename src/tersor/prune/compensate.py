@@ -44,5 +44,3 @@ def compensate(model: nn.Module, surgery: Surgery, evidence: Mapping[str, Eviden
             weight.copy_(fitted.reshape(shape).transpose(0, known.output_dim))
         done.append(cut.parameter)
     return done
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 

@@ -141,5 +141,3 @@ def rounded(family: Family, count: int, settings: Structure) -> int:
         return count
     kept = max(step, round((family.size - count) / step) * step)
     return max(0, family.size - kept)
-
-

@@ -180,9 +180,7 @@ class _Operation:
         macs_before = multiply_accumulates(self.model, *self.runs[0])
         families = self._sound(coupling)
         with _Timer(self.seconds, "scoring"):
-            evidence = collect(
-                self.model, self.batches or (), needs=self.settings.needs_evidence, loss=loss
-            )
+            evidence = collect(self.model, self.batches or (), needs=self.settings.needs_evidence, loss=loss)
             families, scores = self._score(families, evidence)
         with _Timer(self.seconds, "surgery"):
             removed = self._decide(coupling, families, scores, macs_before)
@@ -206,9 +204,7 @@ class _Operation:
             model=result,
             surgery=surgery,
             coupling=coupling,
-            families=tuple(
-                FamilyCut(f.name, f.kind, f.size, f.size - len(removed.get(f.name, ()))) for f in families
-            ),
+            families=tuple(FamilyCut(f.name, f.kind, f.size, f.size - len(removed.get(f.name, ()))) for f in families),
             frozen=self.frozen,
             unused=coupling.unused,
             params_before=before,
@@ -231,9 +227,7 @@ class _Operation:
                 asked.append(family)
         if self.settings.verify == "full" and asked:
             with _Timer(self.seconds, "verification"):
-                verifier = Verifier(
-                    self.model, coupling, self.runs, rules=self.rules, seed=self.settings.seed
-                )
+                verifier = Verifier(self.model, coupling, self.runs, rules=self.rules, seed=self.settings.seed)
                 names, frozen, self.error = verifier.settle([family.name for family in asked])
             self.frozen += frozen
             asked = [family for family in asked if family.name in set(names)]
@@ -334,5 +328,3 @@ def _count(model: nn.Module) -> int:
 def _bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-

@@ -1,12 +1,10 @@
 """The coupling of a model: from one or more eager runs to families of units that can be removed.
 
-Shapes: `U` units, `E` entries of one unit at one place, `N` entries over all places.
+Shapes: `U` units, `E` entries of one unit at one place.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +15,14 @@ from torch import Tensor, nn
 
 from tersor.errors import ModelError
 from tersor.graph.attention import prunable_attention
-from tersor.graph.coupling.family import Family, Frozen, Kind, Place
+from tersor.graph.coupling.constraints import follow_attributes, keep_rectangular, mirror_siblings
+from tersor.graph.coupling.family import Family, Frozen
+from tersor.graph.coupling.groups import Array, group
 from tersor.graph.coupling.integers import Attribute
-from tersor.graph.coupling.labels import Ledger, restrict, support
+from tersor.graph.coupling.labels import Ledger
 from tersor.graph.coupling.rules import RULES, fallback
 from tersor.graph.coupling.rules.pointwise import tensors_in
 from tersor.graph.coupling.trace import Demand, Rule, Trace, observed
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,17 @@ class Coupling:
         families: Units by family, in the order of the model's parameters.
         frozen: What cannot be removed, with the reason.
         unused: Parameters that no operator has read in the example runs; they are left alone.
+        demands: Attributes that follow a size.
+        classes: Label -> class; entries of one class go together.
+        first_labels: Place, as text -> its first label.
     """
 
     families: tuple[Family, ...]
     frozen: tuple[Frozen, ...]
     unused: tuple[str, ...]
-    demands: tuple[Demand, ...] = field(default=(), repr=False)
-    numbers: Array | None = field(default=None, repr=False)  # label -> class
-    owner: Mapping[str, int] = field(default_factory=dict, repr=False)  # place -> its first label
+    demands: tuple[Demand, ...] = field(repr=False)
+    classes: Array = field(repr=False)
+    first_labels: Mapping[str, int] = field(repr=False)
 
     def __getitem__(self, name: str) -> Family:
         """A family by name."""
@@ -56,6 +57,26 @@ class Coupling:
         lines += [f"  frozen {item.name}: {item.reason}" for item in self.frozen]
         lines += [f"  unused {name}" for name in self.unused]
         return "\n".join(lines)
+
+    def classes_of(self, family: Family, units: Tensor) -> list[int]:
+        """The classes of some of a family's units."""
+        place, rows = next(iter(family.members.items()))
+        labels = self.first_labels[str(place)] + rows[units, 0].numpy()
+        return [int(number) for number in self.classes[labels]]
+
+    def attributes_without(self, removed: Iterable[int]) -> dict[Attribute, int]:
+        """Attribute -> its value once the classes `removed` are gone, where that differs."""
+        mask = torch.from_numpy(~np.isin(self.classes, list(removed)))
+        values: dict[Attribute, int] = {}
+        for demand in self.demands:
+            if demand.block is None:
+                continue
+            kept = mask[demand.block]
+            others = [dim for dim in range(kept.ndim) if dim != demand.dim]
+            size = int((kept.amax(others) if others else kept).sum())
+            if size != demand.block.shape[demand.dim]:
+                values[demand.attribute] = int(size / demand.scale)
+        return values
 
 
 def runs_of(example_inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -105,11 +126,20 @@ def couple(
         for module, mode in modes.items():
             module.training = mode
     trace.ledger.where = ""
-    unused = _mirror(trace, tensors, starts)
-    _rectangular(trace)
-    _follow_attributes(trace)
-    _rectangular(trace)
-    return _collect(trace, model, tensors, starts, unused)
+    unused = mirror_siblings(trace, tensors, starts)
+    keep_rectangular(trace)
+    follow_attributes(trace)
+    keep_rectangular(trace)
+    classes = trace.ledger.classes()
+    families, frozen = group(model, tensors, starts, classes, trace.ledger.frozen(classes))
+    return Coupling(
+        families=tuple(families),
+        frozen=tuple(frozen),
+        unused=tuple(unused),
+        demands=tuple(trace.demands),
+        classes=classes,
+        first_labels={f"{name}[{dim}]": start for name, dims in starts.items() for dim, start in dims},
+    )
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,211 +169,3 @@ def named_outputs(value: Any) -> list[Tensor]:
     if hasattr(value, "__dataclass_fields__"):
         return [tensor for item in vars(value).values() for tensor in named_outputs(item)]
     return tensors_in(value)
-
-
-def _mirror(
-    trace: Trace, tensors: Mapping[str, Tensor], starts: Mapping[str, list[tuple[int, int]]]
-) -> list[str]:
-    """Parameters that no run has read follow a sibling in the same list of modules (an expert); others are unused."""
-    seen: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if id(tensor) in trace.seen:
-            seen.setdefault(re.sub(r"\.\d+\.", ".*.", name), name)
-    unused = []
-    for name, tensor in tensors.items():
-        if id(tensor) in trace.seen:
-            continue
-        twin = seen.get(re.sub(r"\.\d+\.", ".*.", name))
-        if twin is not None and tensors[twin].shape == tensor.shape:
-            for (dim, mine), (_, other) in zip(starts[name], starts[twin], strict=True):
-                size = tensor.shape[dim]
-                trace.ledger.unite(torch.arange(mine, mine + size), torch.arange(other, other + size))
-        else:
-            for dim, start in starts[name]:
-                labels = torch.arange(start, start + tensor.shape[dim])
-                trace.ledger.freeze(labels, "" if tensor.ndim == 0 else "no operator has read it")
-            if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
-                unused.append(name)
-    return unused
-
-
-def _follow_attributes(trace: Trace) -> None:
-    """Sizes that one attribute gives are equal: the same positions go everywhere, or nothing does."""
-    classes = torch.from_numpy(trace.ledger.classes())
-    by_attribute: dict[Attribute, list[Demand]] = defaultdict(list)
-    for demand in trace.demands:
-        by_attribute[demand.attribute].append(demand)
-    for attribute, demands in by_attribute.items():
-        varying = [demand for demand in demands if _varies(demand, classes)]
-        if not varying:
-            continue
-        first = varying[0]
-        assert first.block is not None
-        if len(varying) < len(demands):
-            for demand in varying:
-                assert demand.block is not None
-                trace.ledger.freeze(demand.block, f"{attribute} also sizes something that is fixed")
-            continue
-        for demand in varying[1:]:
-            assert demand.block is not None
-            if demand.block.shape == first.block.shape and demand.dim == first.dim:
-                trace.ledger.unite(demand.block, first.block)
-                continue
-            mine = _vector(trace, demand)
-            other = _vector(trace, first)
-            if len(mine) == len(other):
-                trace.ledger.unite(mine, other)
-            else:
-                trace.ledger.freeze(first.block, f"{attribute} sizes different things")
-                trace.ledger.freeze(demand.block, f"{attribute} sizes different things")
-
-
-def _varies(demand: Demand, classes: Tensor) -> bool:
-    """Whether the size can change: whether the classes differ along the dimension."""
-    if demand.block is None:
-        return False
-    numbers = classes[demand.block]
-    return not bool((numbers == numbers.narrow(demand.dim, 0, 1)).all())
-
-
-def _vector(trace: Trace, demand: Demand) -> Tensor:
-    assert demand.block is not None
-    return restrict(trace.ledger, demand.block, {demand.dim})[0].flatten()
-
-
-def _rectangular(trace: Trace) -> None:
-    """What is cut from a dimension that code splits must be a rectangle: whole rows, or the same of every row."""
-    classes = torch.from_numpy(trace.ledger.classes())
-    for block in trace.splits:
-        numbers = classes[block]
-        dims = sorted(support(block))
-        whole = [
-            dim
-            for dim in dims
-            if all(bool((numbers == numbers.narrow(other, 0, 1)).all()) for other in dims if other != dim)
-        ]
-        if not whole:
-            restrict(trace.ledger, block, {max(dims, key=lambda dim: block.shape[dim])})
-
-
-def _collect(
-    trace: Trace,
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    starts: Mapping[str, list[tuple[int, int]]],
-    unused: list[str],
-) -> Coupling:
-    """Classes of labels become units; units that touch the same places become families."""
-    classes = trace.ledger.classes()
-    reasons = trace.ledger.frozen(classes)
-    places: list[Place] = []
-    owner: dict[str, int] = {}
-    number_parts, place_parts, index_parts = [], [], []
-    for name, dims in starts.items():
-        for dim, start in dims:
-            size = tensors[name].shape[dim]
-            owner[f"{name}[{dim}]"] = start
-            number_parts.append(classes[start : start + size])
-            place_parts.append(np.full(size, len(places)))
-            index_parts.append(np.arange(size))
-            places.append(Place(name, dim))
-    if not places:
-        return Coupling((), (), tuple(unused))
-    numbers, place_of, index_of = (np.concatenate(part) for part in (number_parts, place_parts, index_parts))
-    order = np.lexsort((index_of, place_of, numbers))
-    numbers, place_of, index_of = numbers[order], place_of[order], index_of[order]
-    weights = np.random.default_rng(0).integers(1, 2**62, len(places), dtype=np.uint64)
-    unique, first, counts = np.unique(numbers, return_index=True, return_counts=True)
-    signature = np.add.reduceat(weights[place_of], first)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for position, key in enumerate(signature.tolist()):
-        groups[key].append(position)
-    families, frozen = [], []
-    taken: dict[str, int] = defaultdict(int)
-    for positions in sorted(groups.values(), key=lambda positions: int(place_of[first[positions]].min())):
-        span = slice(first[positions[0]], first[positions[0]] + counts[positions[0]])
-        kinds, widths = np.unique(place_of[span], return_counts=True)
-        rows = np.stack([index_of[first[p] : first[p] + counts[p]] for p in positions])
-        edges = np.concatenate([[0], np.cumsum(widths)])
-        members = {
-            places[kind]: torch.from_numpy(rows[:, edges[i] : edges[i + 1]].copy()) for i, kind in enumerate(kinds)
-        }
-        stuck = [int(unique[p]) for p in positions if int(unique[p]) in reasons]
-        name = _name(members, tensors)
-        if stuck:
-            reason = next((reasons[number] for number in stuck if reasons[number]), "")
-            if reason:
-                frozen.append(Frozen(name, reason))
-            free = [row for row, p in enumerate(positions) if int(unique[p]) not in reasons]
-            if not free:
-                continue
-            members = {place: rows_[free] for place, rows_ in members.items()}
-        if len(next(iter(members.values()))) < 1 or all(isinstance_buffer(tensors[p.parameter]) for p in members):
-            continue
-        taken[name] += 1
-        label = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        families.append(Family(label, _kind(members, tensors, model), _sorted(members)))
-    return Coupling(
-        tuple(families), tuple(dict.fromkeys(frozen)), tuple(unused), tuple(trace.demands), classes, owner
-    )
-
-
-def isinstance_buffer(tensor: Tensor) -> bool:
-    """Whether a tensor is not learned."""
-    return not isinstance(tensor, nn.Parameter)
-
-
-def _sorted(members: dict[Place, Tensor]) -> dict[Place, Tensor]:
-    """Units by their first index at the first place."""
-    order = next(iter(members.values()))[:, 0].argsort(stable=True)
-    return {place: rows[order] for place, rows in members.items()}
-
-
-def _name(members: Mapping[Place, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """The first weight that produces the units, else the first place."""
-    producers = [place for place in members if place.dim == 0 and tensors[place.parameter].ndim > 1]
-    return str((producers or list(members))[0])
-
-
-def _kind(members: Mapping[Place, Tensor], tensors: Mapping[str, Tensor], model: nn.Module) -> Kind:
-    modules = [model.get_submodule(place.parameter.rpartition(".")[0]) for place in members]
-    if any(isinstance(module, nn.RNNBase | nn.RNNCellBase) and place.parameter.split(".")[-1].startswith("weight_hh")
-           for place, module in zip(members, modules, strict=True)):
-        return "hidden"
-    if any(isinstance(module, nn.Embedding) for module in modules):
-        return "width"
-    matrices = [place for place in members if tensors[place.parameter].ndim == 2]
-    producers = [place for place in matrices if place.dim == 0]
-    if len(producers) > 1 and any(isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
-                                  for module in modules) and len(producers) > 2:
-        return "width"
-    if producers and all(members[place].shape[1] > 1 for place in matrices) and len(matrices) > 1:
-        return "head"
-    return "channel"
-
-
-def kept_sizes(coupling: Coupling, removed: Iterable[int]) -> dict[Attribute, int]:
-    """Attribute -> new value once the classes `removed` are gone."""
-    assert coupling.numbers is not None
-    gone = np.zeros(len(coupling.numbers), dtype=bool)
-    gone[np.isin(coupling.numbers, list(removed))] = True
-    mask = torch.from_numpy(~gone)
-    values: dict[Attribute, int] = {}
-    for demand in coupling.demands:
-        if demand.block is None:
-            continue
-        kept = mask[demand.block]
-        others = [dim for dim in range(kept.ndim) if dim != demand.dim]
-        alive = kept.amax(others) if others else kept
-        size = int(alive.sum())
-        if size != demand.block.shape[demand.dim]:
-            values[demand.attribute] = int(size / demand.scale)
-    return values
-
-
-def classes_of(coupling: Coupling, family: Family, units: Tensor) -> list[int]:
-    """The classes of some of a family's units."""
-    assert coupling.numbers is not None
-    place, rows = next(iter(family.members.items()))
-    labels = coupling.owner[str(place)] + rows[units, 0].numpy()
-    return [int(number) for number in coupling.numbers[labels]]

@@ -47,6 +47,7 @@ class Traced(int):
     scale: Fraction
 
     def __new__(cls, value: int, origin: Origin = None, scale: Fraction = Fraction(1)) -> Traced:
+        """Makes the number; `int` is immutable, so this is where its origin is set."""
         self = super().__new__(cls, value)
         self.origin, self.scale = origin, scale
         return self
@@ -159,12 +160,6 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, value in before:
             attributes[name] = value
-
-
-def set_integer(model: nn.Module, attribute: Attribute, value: int) -> None:
-    """Writes an attribute; inside a tuple or list only the one position."""
-    holder = dict(owners(model))[attribute.owner]
-    write_integer(holder, attribute, value)
 
 
 def write_integer(holder: dict[str, Any], attribute: Attribute, value: int) -> None:

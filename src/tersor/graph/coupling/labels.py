@@ -48,7 +48,8 @@ class Ledger:
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """Entries of two label tensors (of shapes that broadcast) go together; whatever meets label 0 is frozen."""
-        left, right = torch.broadcast_tensors(left, right)
+        shape = torch.broadcast_shapes(left.shape, right.shape)  # type: ignore[no-untyped-call]
+        left, right = left.expand(shape), right.expand(shape)
         different = left != right
         if not bool(different.any()):
             return
@@ -218,7 +219,7 @@ def _outermost(
             break
     else:
         dim = -1
-    kept = []
+    kept: list[Tensor] = []
     for blocks in found:
         for block in blocks:
             kept += restrict(ledger, block, {dim}, "it meets a dimension that is fixed")

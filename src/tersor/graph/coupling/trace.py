@@ -59,6 +59,13 @@ class Demand:
     block: Tensor | None
     dim: int
 
+    def varying(self, classes: Tensor) -> list[Tensor]:
+        """The block, if the size can change: if the classes differ along the dimension."""
+        if self.block is None:
+            return []
+        numbers = classes[self.block]
+        return [] if bool((numbers == numbers.narrow(self.dim, 0, 1)).all()) else [self.block]
+
 
 @dataclass
 class Trace:
@@ -210,11 +217,11 @@ def _integers(value: Any) -> Iterator[Any]:
             yield from _integers(item)
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies one rule per operator."""
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -60,8 +60,11 @@ def add_multiply(trace: Trace, call: Call) -> None:
 def matrix_vector(trace: Trace, call: Call) -> None:
     """`mv`, `dot`: the sum runs over the vector."""
     matrix, vector = call.args[0], call.args[1]
-    tie(trace.ledger, axis(trace.ledger, trace.blocks(matrix), matrix.ndim - 1),
-        axis(trace.ledger, trace.blocks(vector), 0))
+    tie(
+        trace.ledger,
+        axis(trace.ledger, trace.blocks(matrix), matrix.ndim - 1),
+        axis(trace.ledger, trace.blocks(vector), 0),
+    )
     trace.put(call.out, along(axis(trace.ledger, trace.blocks(matrix), 0), 0, 1) if matrix.ndim == 2 else ())
 
 
@@ -129,8 +132,7 @@ def _grouped(
         position = inputs.reshape(groups, per_group)
         ledger.unite(position, position[:1])
         if transposed:
-            assert second is not None
-            return second.repeat(groups)
+            return None if second is None else second.repeat(groups)
         tie(ledger, position[0], second)
         rows = first.reshape(groups, -1)
         ledger.unite(rows, rows[:1])

@@ -47,7 +47,13 @@ def reduction(trace: Trace, call: Call) -> None:
     dims = call.argument(1, "dim")
     if call.name in ("aten.linalg_vector_norm", "aten.norm"):
         dims = call.argument(2, "dim")
-    listed = dims if isinstance(dims, tuple | list) else [dims] if isinstance(dims, int) and not isinstance(dims, bool) else []
+    listed = (
+        dims
+        if isinstance(dims, tuple | list)
+        else [dims]
+        if isinstance(dims, int) and not isinstance(dims, bool)
+        else []
+    )
     over = {int(dim) % max(values.ndim, 1) for dim in listed} or set(range(values.ndim))
     blocks = unify(trace.ledger, [trace.operand(values)], apart=over)
     for out in tensors_in(call.out):
@@ -134,7 +140,9 @@ _FACTORIES = (
     "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty zeros_like ones_like full_like "
     "empty_like rand_like randn_like empty_strided new_empty_strided"
 )
-_CONSTANTS = "arange scalar_tensor linspace eye _local_scalar_dense nonzero is_nonzero equal bincount histc tril_indices"
+_CONSTANTS = (
+    "arange scalar_tensor linspace eye _local_scalar_dense nonzero is_nonzero equal bincount histc tril_indices"
+)
 
 RULES: dict[str, Rule] = {
     **{f"aten.{name}": pointwise for name in _SAME.split()},

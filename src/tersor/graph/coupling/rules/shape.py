@@ -124,16 +124,15 @@ def repeat(trace: Trace, call: Call) -> None:
 
 
 def _cut(trace: Trace, blocks: Blocks, dim: int, start: int, stop: int) -> Blocks:
-    return _move(
-        trace, blocks, lambda block: block.narrow(dim, start, stop - start) if block.shape[dim] > 1 else block
-    )
+    return _move(trace, blocks, lambda block: block.narrow(dim, start, stop - start) if block.shape[dim] > 1 else block)
 
 
 def _ties(trace: Trace, blocks: Blocks, dim: int, pieces: int) -> None:
     """A dimension is cut into equal pieces by a number that follows its size: the same positions go in all."""
     for block in blocks:
         if dim in support(block):
-            parts = block.unflatten(dim, (pieces, block.shape[dim] // pieces))
+            size = block.shape[dim] // pieces
+            parts = block.reshape(*block.shape[:dim], pieces, size, *block.shape[dim + 1 :])
             trace.ledger.unite(parts, parts.narrow(dim, 0, 1))
 
 
@@ -277,9 +276,7 @@ def _side_by_side(trace: Trace, operands: Sequence[Operand], dim: int) -> Blocks
         shape = [size if index in shared else 1 for index, size in enumerate(operand.shape)]
         pieces.append(mine[0] if mine else torch.full(shape, FIXED))
         rest = tuple(block for block in blocks if dim not in support(block))
-        others.append(
-            Operand(tuple(1 if index in shared else size for index, size in enumerate(operand.shape)), rest)
-        )
+        others.append(Operand(tuple(1 if index in shared else size for index, size in enumerate(operand.shape)), rest))
     result = list(unify(ledger, others))
     if any(bool((piece != FIXED).any()) for piece in pieces):
         result += compact(ledger, torch.cat(pieces, dim))
