@@ -119,3 +119,11 @@ def test_errors_are_caught_by_the_usual_names_too(name: str, builtin: type[Excep
     error = CLASSES[name]("what, where and what to do")
     assert isinstance(error, builtin)
     assert str(error) == "what, where and what to do"
+
+
+def test_the_rooms_that_are_shown_hold_what_is_promised() -> None:
+    assert all(callable(getattr(tersor.prune, name)) for name in ("structured", "unstructured", "Structured"))
+    assert all(callable(getattr(tersor.graph, name)) for name in ("couple", "apply_surgery"))
+    for room in (tersor.prune, tersor.graph):
+        assert room.__all__ == sorted(room.__all__)
+        assert [name for name in room.__all__ if not (getattr(room, name).__doc__ or "").strip()] == []

@@ -1,6 +1,6 @@
 """tersor makes trained PyTorch models small and fast, and proves what it cost."""
 
-from tersor import measure
+from tersor import graph, measure, prune
 from tersor.core.artifact import Manifest
 from tersor.core.budget import Budget
 from tersor.core.candidate import Candidate
@@ -31,6 +31,8 @@ __all__ = [
     "TersorError",
     "__version__",
     "compress",
+    "graph",
     "load",
     "measure",
+    "prune",
 ]

@@ -419,7 +419,7 @@ def test_a_recipe_that_does_not_exist_ends_with_2(command: Command, arguments: l
 # --- help and demo
 
 
-@pytest.mark.parametrize("name", ["compress", "demo", "measure", "report", "verify", "recipes"])
+@pytest.mark.parametrize("name", ["compress", "demo", "measure", "prune", "report", "verify", "recipes"])
 def test_every_command_explains_itself(command: Command, name: str) -> None:
     said = command(name, "--help")
     assert said.code == 0

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tersor.core.candidate import Candidate, apply_masks, check_finite_weights, frozen_copy
+from tersor.core.candidate import Candidate, apply_masks, check_finite_weights, cut_masks, frozen_copy
 from tersor.core.quantization import QuantScheme, TensorQuant
+from tersor.core.surgery import Cut, Shrink, Surgery
 from tersor.errors import NonFiniteError
-from zoo import CNN_DATA, MLP_DATA, Cnn, Mlp, context_for, normal, quantized, seeded, state_hash
+from zoo import CNN_DATA, MLP_DATA, Cnn, Mlp, Transformer, context_for, normal, quantized, seeded, state_hash
 
 
 class Blur(nn.Module):
@@ -98,6 +99,44 @@ def test_masks_zero_exactly_the_masked_entries() -> None:
     after = module.get_parameter("first.weight")
     assert torch.equal(after[mask], before[mask])
     assert (after[~mask] == 0).all()
+
+
+def test_masks_are_cut_along_every_dimension() -> None:
+    cuts = [
+        Cut(parameter="first.weight", dim=0, size=16, kept=(0, 5)),
+        Cut(parameter="second.weight", dim=1, size=16, kept=(0, 5)),
+        Cut(parameter="second.weight", dim=0, size=16, kept=(1, 2, 3)),
+    ]
+    surgery, module = Surgery(cuts=tuple(cuts)), seeded(Mlp)
+    masks = {name: normal(*parameter.shape) > 0 for name, parameter in module.named_parameters()}
+    found = cut_masks({**masks, "gone.weight": torch.ones(3, dtype=torch.bool)}, surgery, module)
+    assert set(found) == set(masks)
+    assert torch.equal(found["first.weight"], masks["first.weight"][[0, 5]])
+    assert torch.equal(found["second.weight"], masks["second.weight"][[1, 2, 3]][:, [0, 5]])
+    assert torch.equal(found["last.weight"], masks["last.weight"])
+
+
+def test_the_mask_of_a_tied_weight_is_cut_under_each_of_its_names() -> None:
+    module = seeded(Transformer)
+    mask = normal(24, 16) > 0
+    surgery = Surgery(cuts=(Cut(parameter="embedding.weight", dim=1, size=16, kept=(3, 4)),))
+    found = cut_masks({"embedding.weight": mask, "head.weight": mask}, surgery, module)
+    assert all(torch.equal(found[name], mask[:, [3, 4]]) for name in ("embedding.weight", "head.weight"))
+
+
+def test_masks_follow_layers_that_are_numbered_anew() -> None:
+    module = nn.Sequential(nn.ModuleList([nn.Linear(2, 2) for _ in range(2)]))
+    masks = {f"0.{number}.weight": normal(2, 2, seed=number) > 0 for number in range(4)}
+    found = cut_masks(masks, Surgery(shrunk=(Shrink(path="0", size=4, kept=(1, 3)),)), module)
+    assert set(found) == {"0.0.weight", "0.1.weight"}
+    assert torch.equal(found["0.1.weight"], masks["0.3.weight"])
+
+
+def test_surgeries_add_up_and_outlive_quantization() -> None:
+    module, surgery = seeded(Mlp), Surgery()
+    candidate = Candidate(module).after(surgery, module).after(surgery, module)
+    assert candidate.surgeries == (surgery, surgery)
+    assert candidate.for_weights().surgeries == (surgery, surgery)
 
 
 def test_the_history_grows_without_touching_the_old_candidate() -> None:

@@ -12,7 +12,7 @@ from tersor.core.quantization import QuantScheme
 from tersor.core.target import Target
 from tersor.distill import Recover
 from tersor.errors import ConfigError, TersorError
-from tersor.prune import Unstructured
+from tersor.prune import Gradual, Unstructured
 from tersor.quantize import Static
 from tersor.train import Schedule
 
@@ -85,8 +85,8 @@ def test_a_wrong_pruning_value_is_refused_naming_field_and_value(field: str, val
 
 
 def test_a_missing_value_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"Unstructured\.sparsity: Field required$"):
-        Unstructured()  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"Gradual\.sparsity: Field required$"):
+        Gradual()  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("kind", [Target, Budget, Static, Recover, Schedule])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.core.artifact import MANIFEST, Manifest, describe_files, read_manifest, verify
+from tersor.core.artifact import MANIFEST, SCHEMA_VERSION, Manifest, describe_files, read_manifest, verify
 from tersor.errors import ArtifactError, ConfigError, IntegrityError, RuntimeUnavailableError
 
 RUNS = [("onnxruntime", "int8"), ("openvino", "int8"), ("eager", "convert")]
@@ -279,8 +279,8 @@ def test_binary_rubbish_is_no_manifest(copied: Path) -> None:
 
 
 def test_a_newer_schema_says_upgrade(copied: Path) -> None:
-    reseal(copied, lambda content: content.update(schema_version=2))
-    refused(copied, "schema version 2.*upgrade tersor")
+    reseal(copied, lambda content: content.update(schema_version=SCHEMA_VERSION + 1))
+    refused(copied, "schema version 3.*upgrade tersor")
 
 
 @pytest.mark.parametrize(

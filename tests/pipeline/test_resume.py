@@ -106,7 +106,7 @@ def check_finished(out: Path, expected: tersor.Result) -> None:
     assert report.certificate == expected.report.certificate
     assert report.certificate is not None
     assert report.certificate.times_asked == 1
-    assert [record.name for record in report.history] == ["prune.unstructured", "recover", "quantize.static"]
+    assert [record.name for record in report.history] == ["prune.structured", "recover", "quantize.static"]
     assert len(ledger(out.parent)) == 1
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {RUN, "stages", "artifact"}
 

@@ -7,7 +7,7 @@ import pytest
 from tersor.core.recipe import Recipe
 from tersor.distill import Recover
 from tersor.errors import ConfigError, OrderError
-from tersor.prune import Gradual, LotteryTicket, Unstructured
+from tersor.prune import Gradual, LotteryTicket, Structured, Unstructured
 from tersor.quantize import Static
 from tersor.recipes import dump_recipe, load_recipe, parse_recipe, preset_names, preset_text, resolve, step_types
 from tersor.train import Schedule
@@ -25,13 +25,15 @@ def test_every_preset_survives_the_way_through_yaml(name: str, tmp_path: Path) -
 
 
 def test_the_presets_are_the_documented_ones() -> None:
-    assert preset_names() == ["convert", "int8", "prune-recover-int8"]
+    assert preset_names() == ["convert", "int8", "prune-recover-int8", "sparse-recover-int8"]
     assert parse_recipe(preset_text("convert")).steps == ()
     assert parse_recipe(preset_text("int8")).steps == (Static(range_method="mse"),)
     prune, recover, quantize = parse_recipe(preset_text("prune-recover-int8")).steps
-    assert prune == Unstructured(sparsity=0.5)
+    assert prune == Structured(amount=0.3, round_to=4)
     assert recover == Recover(schedule=Schedule(epochs=1, lr=0.01))
     assert quantize == Static()
+    sparse = parse_recipe(preset_text("sparse-recover-int8")).steps
+    assert sparse == (Unstructured(sparsity=0.5), recover, quantize)
 
 
 def test_every_setting_survives_the_way_through_yaml() -> None:
@@ -39,6 +41,8 @@ def test_every_setting_survives_the_way_through_yaml() -> None:
         [
             Static(range_method="percentile", samples=17, batch_size=3),
             Unstructured(sparsity=1 / 3, floor=0.0),
+            Structured(target={"macs": 0.7}, kinds=("channel", "head"), exclude=("head.*", "a*"), compensate=True),
+            Structured(allocation={"stem.*": 0.2}, verify="together"),
             Recover(
                 schedule=Schedule(epochs=7, lr=1e-5, optimizer="adamw", clip_norm=0.5, warmup=0.25),
                 loss="mse",
@@ -56,6 +60,7 @@ def test_every_known_step_has_its_name() -> None:
     assert step_types() == {
         "prune.gradual": Gradual,
         "prune.lottery_ticket": LotteryTicket,
+        "prune.structured": Structured,
         "prune.unstructured": Unstructured,
         "quantize.static": Static,
         "recover": Recover,
@@ -88,6 +93,13 @@ def test_a_step_without_settings_may_be_only_its_name() -> None:
         ("steps: [{recover: [alpha]}]", r"step 1 \(recover\): settings must be a mapping"),
         ("steps: [{recover: {1: 2}}]", r"step 1 \(recover\): settings must be a mapping"),
         ("steps: [recover, {prune.unstructured: {sparsity: 2}}]", r"step 2: Unstructured\.sparsity.*got 2"),
+        ("steps: [{prune.structured: {amount: 1}}]", r"step 1: Structured\.amount.*got 1"),
+        (
+            "steps: [{prune.structured: {amount: 0.1, target: {macs: 0.5}}}]",
+            r"step 1: Structured.*one of amount, target",
+        ),
+        ("steps: [{prune.structured: {kinds: channel}}]", r"step 1: Structured\.kinds.*got 'channel'"),
+        ("steps: [{prune.structured: {criterion: x}}]", r"step 1: .*criterion: expected one of .*got 'x'"),
         ("steps: [{prune.unstructured: {}}]", r"step 1: Unstructured.*expected a sparsity or a threshold"),
         ("steps: [{prune.unstructured: {sparsity: 0.5, criterion: x}}]", r"step 1: Unstructured\.criterion.*'x'"),
         ("steps: [{quantize.static: {range: mse}}]", r"step 1: Static\.range: Extra inputs.*got 'mse'"),
@@ -127,5 +139,5 @@ def test_a_recipe_is_resolved_from_whatever_names_it(tmp_path: Path) -> None:
     assert resolve("int8", both) == parse_recipe(preset_text("int8"))
     assert resolve("auto", both).steps == (Static(),)
     assert resolve("auto", only_float).steps == ()
-    with pytest.raises(ConfigError, match=r"\['convert', 'int8', 'prune-recover-int8'\].*got 'int4'"):
+    with pytest.raises(ConfigError, match=r"\['convert', 'int8', 'prune-recover-int8', 'sparse-.*\].*got 'int4'"):
         resolve("int4", both)

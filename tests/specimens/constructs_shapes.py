@@ -235,8 +235,8 @@ SHAPES = [
     Specimen("pixel_shuffle", pixel_shuffle, images(16, 16)),
     Specimen("pixel_unshuffle", pixel_unshuffle, images(16, 16)),
     Specimen("space_to_depth", space_to_depth, images(16, 16)),
-    # The zeros are counted in the code: channels go only in a way that keeps the two ends aligned.
-    Specimen("pad_channels", pad_channels, images(16, 16), least=0.2),
+    # The zeros are counted in the code: they stay.
+    Specimen("pad_channels", pad_channels, images(16, 16)),
     Specimen("group_norm", group_norm, images(16, 16)),
     Specimen("instance_norm", instance_norm, images(16, 16)),
     Specimen("layer_norm", lambda: normalised_width(nn.LayerNorm(32)), tensors((2, 5, 24), (3, 8, 24))),

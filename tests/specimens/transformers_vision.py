@@ -171,16 +171,15 @@ VISION = [
     Specimen("mobilenet_v2", mobilenet_v2, pixels()),
     Specimen("efficientnet", efficientnet, pixels()),
     Specimen("regnet", regnet, pixels()),
-    # The widths of the stages pass LayerNorm, whose mean changes with them: sure are the wide linear layers only.
-    Specimen("convnext", convnext, pixels(), least=0.3),
+    Specimen("convnext", convnext, pixels()),
     # Patches and positions belong to one image size.
     Specimen("vit_eager", partial(vit, "eager"), pixels(grow=0)),
     Specimen("vit_sdpa", partial(vit, "sdpa"), pixels(grow=0)),
     Specimen("swin_eager", partial(swin, "eager"), pixels()),
     # The exporter gives SDPA with a trained bias other strides than eager PyTorch does, and cannot view the result.
     Specimen("swin_sdpa", partial(swin, "sdpa"), pixels(), export=False),
-    Specimen("segformer", segformer, pixels(), least=0.3),
+    Specimen("segformer", segformer, pixels()),
     Specimen("mobilevit", mobilevit, pixels(64, 64, grow=32)),
-    Specimen("detr", detr, pixels(), least=0.3),
+    Specimen("detr", detr, pixels()),
     Specimen("clip", clip, clip_inputs),
 ]

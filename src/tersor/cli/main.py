@@ -23,6 +23,7 @@ from rich.logging import RichHandler
 
 from tersor.cli.demo import run_demo
 from tersor.cli.loading import load_model, load_task
+from tersor.cli.prune import prune_command
 from tersor.cli.recipes import recipes_app
 from tersor.core.artifact import verify
 from tersor.core.budget import Budget
@@ -48,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipes_app, name="recipes")
+app.command("prune")(prune_command)
 
 CORES = os.cpu_count() or 1
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

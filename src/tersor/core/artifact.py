@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,11 +13,15 @@ from pydantic import Field, ValidationError
 from tersor.core.config import Config
 from tersor.core.files import sha256
 from tersor.core.signature import Signature
+from tersor.core.surgery import SCHEMA as SURGERY_VERSION
+from tersor.core.surgery import Surgery
 from tersor.core.target import Target
 from tersor.errors import ConfigError, IntegrityError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SURGERY = "surgery.json"
+SCHEMA_VERSION = 2
+PLAIN_SCHEMA = 1  # 2: a surgery must be replayed before the weights fit; whatever does not need that stays readable
 
 
 class FileEntry(Config):
@@ -29,7 +34,7 @@ class FileEntry(Config):
 class Manifest(Config):
     """What an artifact is: enough to check it, load it and feed it."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = PLAIN_SCHEMA
     name: str
     target: Target
     signature: Signature
@@ -109,6 +114,32 @@ def verify(directory: Path) -> Manifest:
         if sha256(path) != entry.sha256:
             raise IntegrityError(f"{path} was changed: its SHA-256 does not match the manifest")
     return manifest
+
+
+def dump_surgeries(surgeries: Sequence[Surgery]) -> bytes:
+    """The content of `surgery.json`: a list, in the order of application."""
+    return (json.dumps([surgery.model_dump(mode="json") for surgery in surgeries]) + "\n").encode()
+
+
+def parse_surgeries(content: bytes | str, where: str) -> tuple[Surgery, ...]:
+    """Reads what `dump_surgeries` wrote; data only, nothing is executed.
+
+    Raises:
+        IntegrityError: naming `where`, if it is no list of surgeries, or of a newer form.
+    """
+    try:
+        data = json.loads(content)
+        newest = max((int(item["version"]) for item in data), default=0)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{where} is truncated or no list of surgeries ({type(error).__name__}: {error})"
+        ) from None
+    if newest > SURGERY_VERSION:
+        raise IntegrityError(f"{where} has version {newest}, this tersor reads up to {SURGERY_VERSION}: upgrade tersor")
+    try:
+        return tuple(Surgery.from_json(json.dumps(item)) for item in data)
+    except ConfigError as error:
+        raise IntegrityError(f"{where} is not a valid surgery: {str(error)[:300]}") from None
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.quantization import QuantPlan
-from tersor.core.report import StepRecord
+from tersor.core.report import Pruning, StepRecord
+from tersor.core.surgery import Surgery
 from tersor.errors import NonFiniteError
 
 
@@ -22,6 +23,7 @@ class Candidate:
     Attributes:
         module: The float model, a copy of the caller's.
         masks: Parameter path -> boolean keep-mask of the parameter's shape; the masked entries are zero.
+        surgeries: What was cut out of the caller's model, in this order, to get to `module`'s shapes.
         plan: What quantization decided, as data.
         simulation: The quantized model as PyTorch runs it (fake quantization), from which runtimes lower.
         history: What each step did.
@@ -29,6 +31,7 @@ class Candidate:
 
     module: nn.Module
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    surgeries: tuple[Surgery, ...] = ()
     plan: QuantPlan | None = None
     simulation: nn.Module | None = None
     history: tuple[StepRecord, ...] = ()
@@ -58,10 +61,57 @@ class Candidate:
                     weight.copy_(quant.rounded(weight))
         return replace(self, module=module, plan=None, simulation=None)
 
-    def record(self, name: str, settings: Mapping[str, Any], seconds: float, notes: list[str]) -> Candidate:
+    def after(self, surgery: Surgery, module: nn.Module) -> Candidate:
+        """The candidate once `surgery` has made `module` of its own module; the masks shrink alike."""
+        masks = cut_masks(self.masks, surgery, module)
+        return replace(self, module=module, masks=masks, surgeries=(*self.surgeries, surgery))
+
+    def record(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        seconds: float,
+        notes: list[str],
+        pruning: Pruning | None = None,
+    ) -> Candidate:
         """The same candidate with one more entry in its history."""
-        entry = StepRecord(name=name, settings=dict(settings), seconds=seconds, notes=notes)
+        entry = StepRecord(name=name, settings=dict(settings), seconds=seconds, notes=notes, pruning=pruning)
         return replace(self, history=(*self.history, entry))
+
+
+def cut_masks(masks: Mapping[str, Tensor], surgery: Surgery, module: nn.Module) -> dict[str, Tensor]:
+    """Masks cut along with their parameters; those of parameters that are gone are dropped.
+
+    Args:
+        masks: Of the model before the surgery, `parameter path -> boolean mask`.
+        surgery: What was cut.
+        module: The model after the surgery.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    first = {id(parameter): path for path, parameter in module.named_parameters()}  # a surgery names tied ones once
+    result = {}
+    for before, mask in masks.items():
+        path = _renamed(before, surgery)
+        if path not in parameters:
+            continue
+        kept = mask
+        for cut in surgery.cuts:
+            if cut.parameter in (before, first[id(parameters[path])]):
+                kept = kept.index_select(cut.dim, torch.tensor(cut.kept, device=mask.device))
+        result[path] = kept
+    return result
+
+
+def _renamed(path: str, surgery: Surgery) -> str:
+    """What a parameter is called once lists of modules were numbered anew; empty if it is gone."""
+    for shrink in surgery.shrunk:
+        start = f"{shrink.path}.".lstrip(".")
+        number, _, rest = path.removeprefix(start).partition(".")
+        if path.startswith(start) and number.isdecimal():
+            if int(number) not in shrink.kept:
+                return ""
+            path = f"{start}{shrink.kept.index(int(number))}.{rest}"
+    return path
 
 
 def apply_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -100,7 +100,7 @@ class Coverage(Config):
 
     parameters_quantized: float
     macs_quantized: float
-    parameters_pruned: float
+    parameters_pruned: float = Field(description="of the original's: cut out, or zero by mask")
     float_operators: list[str] = Field(
         default_factory=list, description="operators that still compute in float, with their count"
     )
@@ -121,6 +121,39 @@ class Environment(Config):
     seed: int
 
 
+class PrunedFamily(Config):
+    """Units that go one by one, each with everything that must go with it."""
+
+    name: str
+    kind: str
+    units: int
+    kept: int
+    layers: list[str] = Field(default_factory=list, description="modules that the units are part of")
+
+
+class FrozenPart(Config):
+    """What structured pruning had to leave whole, and why."""
+
+    name: str
+    reason: str
+
+
+class Pruning(Config):
+    """What structured pruning found and did."""
+
+    parameters_before: int
+    parameters_after: int
+    macs_before: int = Field(description="of one call at batch 1")
+    macs_after: int
+    amount: float = Field(description="share of the units that went, after floors and rounding")
+    coverage: float = Field(description="share of the parameters that some family touches")
+    families: list[PrunedFamily]
+    frozen: list[FrozenPart] = Field(default_factory=list)
+    unused: list[str] = Field(default_factory=list, description="parameters that the examples never reached")
+    max_error: float | None = Field(description="largest relative difference from the masked model; None: not verified")
+    layers: list[str] = Field(default_factory=list, description="modules with parameters of their own, in order")
+
+
 class StepRecord(Config):
     """What a step did, for the history."""
 
@@ -128,6 +161,7 @@ class StepRecord(Config):
     settings: dict[str, object]
     seconds: float
     notes: list[str] = Field(default_factory=list)
+    pruning: Pruning | None = Field(default=None, description="of steps that remove whole units")
 
 
 class Report(Config):

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from tersor.core.candidate import Candidate
 from tersor.core.config import Config
 from tersor.core.context import Context
+from tersor.core.task import Role
 
 Kind = Literal["prune", "recover", "quantize"]
 
@@ -15,13 +16,17 @@ Kind = Literal["prune", "recover", "quantize"]
 class Step(Config):
     """One compression step with its settings.
 
-    A subclass sets `name` (as recipes write it), `kind` (decides the legal order), `needs` (the splits that it
-    reads) and, for quantization, `precision` (which the target runtime must be able to run).
+    A subclass sets `name` (as recipes write it) and `kind` (decides the legal order), and overrides `needs` (the
+    splits that it reads) and, for quantization, `precision` (which the target runtime must be able to run).
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
-    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[Role]:
+        """Splits that the task must have."""
+        return frozenset()
 
     @property
     def precision(self) -> str | None:

@@ -17,6 +17,7 @@ from tersor.core.batch import Batch, select_output
 from tersor.core.candidate import Candidate, apply_masks
 from tersor.core.context import Context
 from tersor.core.step import Kind, Step
+from tersor.core.task import Role
 from tersor.distill import losses
 from tersor.train import Schedule, fit
 
@@ -29,7 +30,6 @@ class Recover(Step):
 
     name: ClassVar[str] = "recover"
     kind: ClassVar[Kind] = "recover"
-    needs: ClassVar[frozenset[str]] = frozenset({"train"})
 
     schedule: Schedule = Field(default_factory=Schedule)
     loss: str = "kd"
@@ -42,6 +42,11 @@ class Recover(Step):
         if name not in losses.__all__:
             raise ValueError(f"expected one of {losses.__all__}")
         return name
+
+    @property
+    def needs(self) -> frozenset[Role]:
+        """The train split."""
+        return frozenset({"train"})
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Trains a copy."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tersor.core.surgery import Change, Cut, Surgery
 from tersor.errors import SurgeryError
 from tersor.graph.attention import attention_paths, free_attention
+from tersor.graph.blocks import check_blocks, shrink_list, skip_block
 from tersor.graph.coupling.couple import Coupling, named_tensors
 from tersor.graph.coupling.family import Place
 from tersor.graph.coupling.integers import Attribute, owners, read_integer, write_integer
@@ -77,8 +78,10 @@ def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
         SurgeryError: if a parameter, a size or an attribute is not what the surgery expects.
     """
     _check(model, surgery)
-    for path in surgery.skipped:
-        skip_block(model, path)
+    for block in surgery.skipped:
+        skip_block(model, block)
+    for shrink in surgery.shrunk:
+        shrink_list(model, shrink)
     for path in surgery.freed:
         free_attention(model, path)
     by_parameter: dict[str, list[Cut]] = defaultdict(list)
@@ -109,9 +112,10 @@ def _sliced(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
 
 def _check(model: nn.Module, surgery: Surgery) -> None:
     tensors, holders, modules = named_tensors(model), dict(owners(model)), dict(model.named_modules())
-    for path in (*surgery.freed, *surgery.skipped):
+    for path in (*surgery.freed, *(item.path for item in (*surgery.skipped, *surgery.shrunk))):
         if path not in modules:
             raise SurgeryError(f"the surgery expects a module {path!r}, the model has none")
+    check_blocks(modules, surgery)
     for path in surgery.freed:
         if not isinstance(modules[path], nn.MultiheadAttention):
             raise SurgeryError(f"{path!r} must be nn.MultiheadAttention, it is {type(modules[path]).__name__}")
@@ -134,25 +138,6 @@ def _check(model: nn.Module, surgery: Surgery) -> None:
             raise SurgeryError(f"the surgery changes {attribute}, the model has no such attribute") from None
         if value != change.before:
             raise SurgeryError(f"attribute {attribute} must be {change.before}, it is {value}")
-
-
-class Skip(nn.Module):
-    """Stands where a block was: answers with its first argument, in the form in which the block answered."""
-
-    def __init__(self, wrapped: bool) -> None:
-        super().__init__()
-        self.wrapped = wrapped
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the first tensor."""
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return (first,) if self.wrapped else first
-
-
-def skip_block(model: nn.Module, path: str) -> None:
-    """Replaces the block at `path` by the identity, in place."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, Skip(wrapped=False))
 
 
 # Attributes that only describe a layer's shape: what the layer does is in its weights. (attribute, parameter, dim)

@@ -75,12 +75,15 @@ class Verifier:
             self.expected = [run_model(self.model, args, kwargs) for args, kwargs in self.runs]
 
     def half(self, names: Sequence[str], attempt: int = 0) -> dict[str, Tensor]:
-        """Half of the units of each family, at least one and not all, at random."""
+        """About half of the units of each family, at random, an odd number and not all.
+
+        An even number can be closed under a wrong pairing of units, such as a reversal, which then shows nothing.
+        """
         generator = torch.Generator().manual_seed(self.seed + attempt)
         chosen = {}
         for name in names:
             size = self.coupling[name].size
-            count = max(1, size // 2)
+            count = max(1, (size // 2 - 1) | 1)
             chosen[name] = torch.randperm(size, generator=generator)[:count].sort().values
         return chosen
 

@@ -53,7 +53,8 @@ def _coverage(plan: Plan, deployed: Exported, layers: list[Layer], total_macs: i
     total = sum(parameter.numel() for parameter in candidate.module.parameters())
     parameters = dict(candidate.module.named_parameters(remove_duplicate=False))
     in_int8 = sum(parameters[path].numel() for path in quantized if path in parameters)  # a weight may be a buffer
-    pruned = sum(int((~mask).sum()) for mask in candidate.masks.values())
+    before = sum(parameter.numel() for parameter in plan.original.parameters())
+    pruned = before - total + sum(int((~mask).sum()) for mask in candidate.masks.values())
     int8_macs = sum(layer.macs for layer in layers if layer.precision == "int8")
     operators: list[str] = []
     if candidate.plan is not None:
@@ -63,7 +64,7 @@ def _coverage(plan: Plan, deployed: Exported, layers: list[Layer], total_macs: i
     return Coverage(
         parameters_quantized=in_int8 / max(total, 1),
         macs_quantized=min(1.0, int8_macs / max(total_macs, 1)),
-        parameters_pruned=pruned / max(total, 1),
+        parameters_pruned=pruned / max(before, 1),
         float_operators=operators,
     )
 
@@ -101,4 +102,4 @@ def _warnings(plan: Plan, candidate: Candidate, facts: Facts, certificate: Certi
 
 
 def _is_caution(note: str) -> bool:
-    return note.startswith(("no speed-up expected", "weights reduced", "never reached"))
+    return note.startswith(("no speed-up expected", "weights reduced", "never reached", "target not met"))

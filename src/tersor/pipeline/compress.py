@@ -13,7 +13,15 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from torch import nn
 
-from tersor.core.artifact import Manifest, describe_files, verify
+from tersor.core.artifact import (
+    PLAIN_SCHEMA,
+    SCHEMA_VERSION,
+    SURGERY,
+    Manifest,
+    describe_files,
+    dump_surgeries,
+    verify,
+)
 from tersor.core.budget import Budget
 from tersor.core.candidate import Candidate
 from tersor.core.context import Context, Progress
@@ -148,6 +156,8 @@ def write_documents(plan: Plan, candidate: Candidate, report: Report, directory:
     """Report, model card and manifest beside the model files."""
     if candidate.plan is not None:
         (directory / "quantization.json").write_text(candidate.plan.model_dump_json() + "\n")
+    if candidate.surgeries:
+        (directory / SURGERY).write_bytes(dump_surgeries(candidate.surgeries))
     (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
     (directory / "report.html").write_text(render_html(report))
     hashes = {name: entry.sha256 for name, entry in describe_files(directory).items()}
@@ -161,6 +171,7 @@ def write_documents(plan: Plan, candidate: Candidate, report: Report, directory:
     )
     (directory / "README.md").write_text(card)
     manifest = Manifest(
+        schema_version=SCHEMA_VERSION if candidate.surgeries and plan.runtime.needs_code else PLAIN_SCHEMA,
         name=report.name,
         target=plan.target,
         signature=plan.signature,

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from tersor.core.artifact import verify
+from tersor.pipeline.rebuild import pruned_builder
 from tersor.runtimes import Session, get_runtime
 
 
@@ -21,7 +22,8 @@ def load(directory: str | Path, *, model: Callable[[], nn.Module] | None = None,
 
     Args:
         directory: The artifact, or a run directory that holds one.
-        model: For PyTorch artifacts (`eager`, `inductor`): builds the untrained module that the weights go into.
+        model: For PyTorch artifacts (`eager`, `inductor`): builds the untrained module, as it was before compression,
+            that the weights go into; what pruning cut out of it is cut again.
         threads: Threads to use; by default what the artifact was measured with.
 
     Raises:
@@ -36,4 +38,6 @@ def load(directory: str | Path, *, model: Callable[[], nn.Module] | None = None,
     target = manifest.target if threads is None else manifest.target.model_copy(update={"threads": threads})
     runtime = get_runtime(target.runtime)
     runtime.check_available()
+    if model is not None and runtime.needs_code:
+        model = pruned_builder(model, path, manifest)
     return runtime.load(path, signature=manifest.signature, target=target, model=model)

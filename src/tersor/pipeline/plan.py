@@ -116,7 +116,7 @@ def make_plan(
     for step in resolved.steps:
         runtime.check_supports(step.precision, step.name)
         for role in sorted(step.needs):
-            task.require(role, step.name)  # type: ignore[arg-type]
+            task.require(role, step.name)
     _check_budget(task, budget)
     check_finite_weights(model)
     try:

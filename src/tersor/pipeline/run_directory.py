@@ -11,16 +11,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from tersor.core.artifact import dump_surgeries, parse_surgeries
 from tersor.core.candidate import Candidate
 from tersor.core.files import disk_errors, write_whole
 from tersor.core.report import StepRecord
+from tersor.core.surgery import Surgery
 from tersor.errors import IntegrityError, OutputDirectoryError
 from tersor.pipeline.plan import tensors_hash
+from tersor.pipeline.rebuild import replay
 
 RUN = "run.json"
 ARTIFACT = "artifact"
 _MASK = "mask:"
 _STATE = "state:"
+_SURGERY = "surgery"
 
 
 class RunDirectory:
@@ -70,6 +74,8 @@ class RunDirectory:
         """Keeps a candidate whose weights changed; quantization is quick and exact, so it is simply done again."""
         tensors = {_STATE + name: value.contiguous().clone() for name, value in candidate.module.state_dict().items()}
         tensors |= {_MASK + name: mask.to(torch.uint8) for name, mask in candidate.masks.items()}
+        if candidate.surgeries:  # among the tensors, so that the hash covers them
+            tensors[_SURGERY] = torch.frombuffer(bytearray(dump_surgeries(candidate.surgeries)), dtype=torch.uint8)
         history = json.dumps([record.model_dump(mode="json") for record in candidate.history])
         metadata = {"history": history, "sha256": tensors_hash(tensors)}
         write_whole(self._stage(position), save(tensors, metadata=metadata))
@@ -89,12 +95,19 @@ class RunDirectory:
                 raise ValueError("its content does not match its hash")
         except (SafetensorError, KeyError, ValueError) as error:
             raise IntegrityError(f"{path} is damaged ({error}); remove it to repeat this step") from None
-        fresh.module.load_state_dict(
+        surgeries: tuple[Surgery, ...] = ()
+        if _SURGERY in tensors:
+            surgeries = parse_surgeries(tensors[_SURGERY].numpy().tobytes(), str(path))
+        done = len(fresh.surgeries)
+        if surgeries[:done] != fresh.surgeries:
+            raise IntegrityError(f"{path} belongs to a model that was cut otherwise; remove it to repeat this step")
+        module = replay(fresh.module, surgeries[done:])
+        module.load_state_dict(
             {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
         )
         masks = {name.removeprefix(_MASK): value.bool() for name, value in tensors.items() if name.startswith(_MASK)}
         records = tuple(StepRecord.model_validate_json(json.dumps(record)) for record in history)
-        return replace(fresh, masks=masks, history=records)
+        return replace(fresh, module=module, masks=masks, surgeries=surgeries, history=records)
 
     def _stage(self, position: int) -> Path:
         return self.path / "stages" / f"{position:02d}.safetensors"

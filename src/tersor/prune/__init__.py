@@ -4,6 +4,7 @@ from tersor.prune.gradual import Gradual, Training, gradual
 from tersor.prune.lottery import LotteryTicket, Rounds, lottery_ticket
 from tersor.prune.schedule import SparsitySchedule
 from tersor.prune.sparsity import Sparsity
+from tersor.prune.steps import Structured
 from tersor.prune.structure import Structure
 from tersor.prune.structured import PruneReport, structured
 from tersor.prune.unstructured import SparsityReport, Unstructured, unstructured
@@ -17,6 +18,7 @@ __all__ = [
     "SparsityReport",
     "SparsitySchedule",
     "Structure",
+    "Structured",
     "Training",
     "Unstructured",
     "gradual",

@@ -18,6 +18,7 @@ from tersor.core.candidate import Candidate, apply_masks
 from tersor.core.context import Context
 from tersor.core.split import Split
 from tersor.core.step import Kind, Step
+from tersor.core.task import Role
 from tersor.errors import ConfigError, DataError
 from tersor.probe import Evidence
 from tersor.prune.masks import check, sparsity_of
@@ -197,9 +198,9 @@ class WhileTraining(Step):
         )
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]  # depends on the settings
+    def needs(self) -> frozenset[Role]:
         """The train split; the calibrate split as well, where something is measured."""
-        return frozenset({"train", "calibrate"} if self.settings().needs else {"train"})
+        return frozenset({"train", "calibrate"}) if self.settings().needs else frozenset({"train"})
 
     def training(self, context: Context) -> Training:
         """On the train split, with the task's loss."""

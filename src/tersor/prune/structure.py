@@ -49,6 +49,7 @@ class Structure(Config):
         round_to: What stays of a family becomes a multiple of this, where that fits: odd widths are slow.
         kinds: Only these kinds of units.
         exclude: Glob patterns of family names that stay whole.
+        rounds: Prunes in so many steps, scoring and refitting anew in each.
         compensate: Refits the weights behind what goes by least squares on data (Hassibi & Stork 1992).
         verify: `full` checks every family alone and all together; `together` only all; `off` none.
         seed: Of the verification.
@@ -65,6 +66,7 @@ class Structure(Config):
     round_to: int = Field(default=1, ge=1)
     kinds: tuple[Kind, ...] = ("channel", "head", "hidden", "width")
     exclude: tuple[str, ...] = ()
+    rounds: int = Field(default=1, ge=1)
     compensate: bool = False
     verify: Literal["full", "together", "off"] = "full"
     seed: int = 0
@@ -76,9 +78,32 @@ class Structure(Config):
             raise ValueError(f"expected one of amount, target and threshold, got {given}")
         if self.target is not None and len(self.target) != 1:
             raise ValueError(f"expected one target, got {list(self.target)}")
+        if self.rounds > 1 and (self.threshold is not None or isinstance(self.allocation, dict)):
+            raise ValueError("rounds divide an amount or a target: leave threshold and amounts by family out")
         if isinstance(self.allocation, dict) and given:
             raise ValueError(f"amounts by family leave no room for {given[0]}")
         return self
+
+    def step(self, number: int, whole: float) -> Structure:
+        """What round `number`, counted from 1, removes, so that all together remove what was asked.
+
+        Args:
+            number: Of the round.
+            whole: What the target counts, for the model as it was.
+        """
+        if self.rounds == 1:
+            return self
+        update: dict[str, object] = {"rounds": 1, "verify": self.verify if number == 1 else "together"}
+        if self.verify == "off":
+            update["verify"] = "off"
+        if self.target is not None:
+            ((goal, value),) = self.target.items()
+            limit = value * whole if value <= 1 else value
+            update["target"] = {goal: max(1.0 + 1e-9, whole - (whole - limit) * number / self.rounds)}
+        else:
+            amount = DEFAULT_AMOUNT if self.amount is None else self.amount
+            update["amount"] = 1 - (1 - amount) ** (1 / self.rounds)
+        return self.model_copy(update=update)
 
     @property
     def criterion_(self) -> Criterion:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from tersor.prune.sparsity import FROM_LOSS, batches_of
 from tersor.prune.structure import DEFAULT_AMOUNT, Structure, choose
 
 Loss = Callable[[Any, Tensor | None], Tensor]
+Run = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class FamilyCut(NamedTuple):
@@ -135,7 +136,7 @@ def structured(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _Operation(model, runs_of(example_inputs), wanted, batches, rules).run(loss, inplace)
+        return _in_rounds(model, runs_of(example_inputs), wanted, _Material(batches, loss, rules), inplace)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -155,24 +156,66 @@ def _check_data(settings: Structure, data: Any, loss: Loss | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Material:
+    """What is given beside the model and its inputs."""
+
+    batches: list[Any] | None
+    loss: Loss | None
+    rules: Mapping[str, Rule] | None
+
+
+def _in_rounds(
+    model: nn.Module, runs: Sequence[Run], settings: Structure, material: _Material, inplace: bool
+) -> PruneReport:
+    """All rounds; the report tells of them together."""
+    goal = next(iter(settings.target or {"parameters": 0}))
+    whole = _size(model, goal, runs[0])
+    first = last = _Operation(model, runs, settings.step(1, whole), material).run()
+    surgery, seconds, error = first.surgery, dict(first.seconds), first.max_error
+    kept = {cut.name: cut.kept for cut in first.families}
+    for number in range(2, settings.rounds + 1):
+        last = _Operation(last.model, runs, settings.step(number, whole), material).run()
+        surgery = surgery.then(last.surgery)
+        seconds = {name: value + last.seconds.get(name, 0.0) for name, value in seconds.items()}
+        error = None if error is None else max(error, last.max_error or 0.0)
+        kept |= {cut.name: cut.kept for cut in last.families if cut.name in kept}
+    result = last.model
+    if inplace:
+        result = apply_surgery(model, surgery)
+        result.load_state_dict(last.model.state_dict())
+    return replace(
+        first,
+        model=result,
+        surgery=surgery,
+        families=tuple(cut._replace(kept=kept[cut.name]) for cut in first.families),
+        params_after=last.params_after,
+        macs_after=last.macs_after,
+        max_error=error,
+        seconds=seconds,
+        notes=list(dict.fromkeys([*first.notes, *last.notes])),
+    )
+
+
 class _Operation:
-    """One call of `structured`, step by step."""
+    """One round, step by step; the model stays as it is."""
 
     def __init__(
         self,
         model: nn.Module,
-        runs: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+        runs: Sequence[Run],
         settings: Structure,
-        batches: list[Any] | None,
-        rules: Mapping[str, Rule] | None,
+        material: _Material,
     ) -> None:
-        self.model, self.runs, self.settings, self.batches, self.rules = model, runs, settings, batches, rules
+        self.model, self.runs, self.settings = model, runs, settings
+        self.batches, self.loss, self.rules = material.batches, material.loss, material.rules
         self.seconds: dict[str, float] = {}
         self.frozen: list[Frozen] = []
         self.error: float | None = None
         self.notes: list[str] = []
 
-    def run(self, loss: Loss | None, inplace: bool) -> PruneReport:
+    def run(self) -> PruneReport:
+        """Couples, verifies, scores, cuts."""
         with _Timer(self.seconds, "coupling"):
             # every run as one example: what any of them reaches is coupled
             coupling = couple(self.model, [_as_example(run) for run in self.runs], rules=self.rules)
@@ -180,7 +223,7 @@ class _Operation:
         macs_before = multiply_accumulates(self.model, *self.runs[0])
         families = self._sound(coupling)
         with _Timer(self.seconds, "scoring"):
-            evidence = collect(self.model, self.batches or (), needs=self.settings.needs_evidence, loss=loss)
+            evidence = collect(self.model, self.batches or (), needs=self.settings.needs_evidence, loss=self.loss)
             families, scores = self._score(families, evidence)
         with _Timer(self.seconds, "surgery"):
             removed = self._decide(coupling, families, scores, macs_before)
@@ -193,9 +236,9 @@ class _Operation:
         if self.settings.verify != "off" and removed:
             with _Timer(self.seconds, "verification"):
                 self._prove(work, coupling, removed)
-        before = sum(parameter.numel() for parameter in self.model.parameters())
+        before = _size(self.model, "parameters", self.runs[0])
         with _Timer(self.seconds, "surgery"):
-            result = self._install(work, surgery, inplace)
+            result = apply_surgery(copy.deepcopy(work) if work is self.model else work, surgery)
         if self.batches is not None and surgery.cuts:
             count = reestimate_batchnorm(result, self.batches)
             if count:
@@ -208,7 +251,7 @@ class _Operation:
             frozen=self.frozen,
             unused=coupling.unused,
             params_before=before,
-            params_after=sum(parameter.numel() for parameter in result.parameters()),
+            params_after=_size(result, "parameters", self.runs[0]),
             macs_before=macs_before,
             macs_after=multiply_accumulates(result, *self.runs[0]),
             max_error=self.error,
@@ -265,15 +308,13 @@ class _Operation:
         if settings.target is None:
             return choose(families, scores, settings, DEFAULT_AMOUNT if settings.amount is None else settings.amount)
         ((goal, value),) = settings.target.items()
-        whole = {"macs": macs, "parameters": _count(self.model), "bytes": _bytes(self.model)}[goal]
+        whole = macs if goal == "macs" else _size(self.model, goal, self.runs[0])
         limit = value * whole if value <= 1 else value
 
         def cost(amount: float) -> float:
             removed = choose(families, scores, settings, amount)
             smaller = apply_surgery(copy.deepcopy(self.model), plan_surgery(self.model, coupling, removed))
-            if goal == "macs":
-                return multiply_accumulates(smaller, *self.runs[0])
-            return _count(smaller) if goal == "parameters" else _bytes(smaller)
+            return _size(smaller, goal, self.runs[0])
 
         found = reach(limit, cost, tolerance=5e-3)
         if not found.reached:
@@ -293,13 +334,6 @@ class _Operation:
             )
         self.error = max(self.error or 0.0, verdict.error)
 
-    def _install(self, work: nn.Module, surgery: Surgery, inplace: bool) -> nn.Module:
-        if not inplace:
-            return apply_surgery(copy.deepcopy(work) if work is self.model else work, surgery)
-        if work is not self.model:
-            self.model.load_state_dict(work.state_dict())
-        return apply_surgery(self.model, surgery)
-
 
 class _Timer:
     """Adds the time of its body to an entry."""
@@ -314,17 +348,16 @@ class _Timer:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.started
 
 
-def _as_example(run: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+def _as_example(run: Run) -> Any:
     args, kwargs = run
     if args and kwargs:
         raise ModelError("example inputs are either positional (a tuple) or keywords (a dict), not both")
     return kwargs if kwargs else args
 
 
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _size(model: nn.Module, goal: str, run: Run) -> int:
+    if goal == "macs":
+        return multiply_accumulates(model, *run)
+    if goal == "parameters":
+        return sum(parameter.numel() for parameter in model.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tersor.core.candidate import Candidate
 from tersor.core.context import Context
 from tersor.core.step import Kind, Step
+from tersor.core.task import Role
 from tersor.prune import masks as keep_masks
 from tersor.prune.encoding import encode
 from tersor.prune.measured import measured_on
@@ -199,9 +200,9 @@ class Unstructured(Step):
         )
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]  # depends on the settings
+    def needs(self) -> frozenset[Role]:
         """The calibrate split, where something is measured."""
-        return frozenset({"calibrate"} if self.settings().needs else ())
+        return frozenset({"calibrate"}) if self.settings().needs else frozenset()
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Computes masks on a copy and zeroes the weights."""

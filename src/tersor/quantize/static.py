@@ -23,6 +23,7 @@ from tersor.core.machine import saturates_int8
 from tersor.core.quantization import QuantPlan, QuantScheme, TensorQuant
 from tersor.core.signature import dynamic_dimensions, input_names
 from tersor.core.step import Kind, Step
+from tersor.core.task import Role
 from tersor.errors import DataError, UnsupportedError
 from tersor.graph import FakeQuantize, capture, fold_batch_norm
 from tersor.graph.fold import get_tensor, set_parameter
@@ -47,11 +48,15 @@ class Static(Step):
 
     name: ClassVar[str] = "quantize.static"
     kind: ClassVar[Kind] = "quantize"
-    needs: ClassVar[frozenset[str]] = frozenset({"calibrate"})
 
     range_method: Literal["minmax", "percentile", "mse"] = "mse"
     samples: int = Field(default=300, ge=1)
     batch_size: int = Field(default=50, ge=1)
+
+    @property
+    def needs(self) -> frozenset[Role]:
+        """The calibrate split."""
+        return frozenset({"calibrate"})
 
     @property
     def precision(self) -> str:

@@ -10,10 +10,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tersor.core.report import Report
-from tersor.report import units, wording
+from tersor.report import pruning, units, wording
 
 RUNTIME_FILES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 LABELS_SHOWN = 20
+FAMILIES_SHOWN = 10
 _LEADING = re.compile(r"^(\d+)([.)])(?!\S)|^([-+=])")
 
 
@@ -53,6 +54,9 @@ def render_card(
         wording=wording,
         models=wording.models(report),
         files=sorted(files.items()),
+        prunings=pruning.parts(report, drawn=False),
+        proof=pruning.proof,
+        families_shown=FAMILIES_SHOWN,
         inputs=inputs or {},
         outputs=outputs or {},
         preprocessing=preprocessing or {},

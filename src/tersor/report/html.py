@@ -10,12 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tersor.core.report import ClassChange, Layer, Report
-from tersor.report import plots, units, wording
+from tersor.report import plots, pruning, units, wording
+from tersor.report.coupling import ROWS_SHOWN
 
 LAYERS_SHOWN = 40
 LAYERS_SUMMARISED = 12
 CLASSES_SHOWN = 20
 FILES_SHOWN = 25
+FAMILIES_SHOWN = 15
 
 
 class Tile(NamedTuple):
@@ -69,6 +71,10 @@ def render_html(report: Report) -> str:
         classes_plot=plots.classes_plot(classes),
         classes=classes,
         sizes=size_bars(report),
+        prunings=pruning.parts(report),
+        proof=pruning.proof,
+        families_shown=FAMILIES_SHOWN,
+        rows_drawn=ROWS_SHOWN,
         files=sorted(report.size_breakdown.items(), key=lambda item: (-item[1], item[0])),
         files_shown=FILES_SHOWN,
         heavy_layers=heavy_layers(report.layers),

@@ -47,7 +47,10 @@ class Coupling:
 
     def __getitem__(self, name: str) -> Family:
         """A family by name."""
-        return next(family for family in self.families if family.name == name)
+        for family in self.families:
+            if family.name == name:
+                return family
+        raise KeyError(name)
 
     def __str__(self) -> str:
         lines = [f"{len(self.families)} families, {sum(family.size for family in self.families)} units"]

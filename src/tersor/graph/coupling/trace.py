@@ -35,12 +35,14 @@ class Call:
         args: Positional arguments.
         kwargs: Keyword arguments.
         out: What the operator returned.
+        shape: Of the first argument, before the operator; some change it in place.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     out: Any
+    shape: tuple[int, ...] = ()
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or name."""
@@ -130,7 +132,12 @@ class Trace:
         """
         values = [int(value) for value in values]
         if self.function is not None:
-            _, given = self.function
+            name, given = self.function
+            if name == "unflatten" and given:  # names one dimension and its parts; the others stay
+                dim, parts = int(given[0]), given[1:]
+                first = dim if dim >= 0 else dim + len(values) - len(parts) + 1
+                rest = [Traced(value) for value in values]
+                given = [*rest[:first], *parts, *rest[first + len(parts) :]]
             for start in range(len(given) - len(values) + 1):
                 part = given[start : start + len(values)]
                 if all(have in (want, -1) for have, want in zip(part, values, strict=True)):
@@ -152,6 +159,8 @@ class Trace:
                 return forbid(self.ledger, blocks, dim, "its size is taken from a dimension that is fixed")
             labels = number.origin.labels
             if labels is not None and (block is None or support(block) == {dim}):
+                if block is not None and labels.sort().values.equal(block.flatten().sort().values):
+                    return blocks  # the same in another order, as after a channel shuffle: as many go in both
                 tie(self.ledger, labels, None if block is None else block.flatten())
                 return blocks if block is not None else ()
         return blocks
@@ -227,13 +236,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trace = self.trace
         name = str(func.overloadpacket)
+        shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ()
         out = NotImplemented
         if trace.before is not None:
             out = trace.before(trace, name, func, args, kwargs or {})
         if out is NotImplemented:
             out = func(*args, **(kwargs or {}))
         trace.ledger.where = f"{name} in {trace.modules[-1] or 'the model'}" if trace.modules else name
-        call = Call(name, args, kwargs or {}, out)
+        call = Call(name, args, kwargs or {}, out, shape)
         rule = trace.rules.get(name) or trace.rules.get(name.removesuffix("_")) or trace.fallback(func)
         rule(trace, call)
         return out

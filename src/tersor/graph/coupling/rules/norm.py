@@ -5,7 +5,9 @@ Shapes: `C` channels, `G` groups.
 
 from __future__ import annotations
 
-from tersor.graph.coupling.labels import Operand, axis, forbid, support, tie, unify
+from collections.abc import Iterable
+
+from tersor.graph.coupling.labels import Blocks, Operand, along, axis, forbid, support, tie, unify
 from tersor.graph.coupling.rules.linear import group_by_position
 from tersor.graph.coupling.trace import Call, Rule, Trace
 
@@ -15,10 +17,20 @@ def batch_norm(trace: Trace, call: Call) -> None:
     image = call.args[0]
     out = call.out[0] if isinstance(call.out, tuple | list) else call.out
     channels = axis(trace.ledger, trace.blocks(image), 1)
+    others = tuple(block for block in trace.blocks(image) if 1 not in support(block))
+    if call.name == "aten.native_batch_norm" and call.argument(5, "training"):
+        others = _fixed(trace, others, [0, *range(2, image.ndim)])
     for tensor in call.args[1:5]:
         if tensor is not None and tensor.numel() > 1:
             tie(trace.ledger, channels, axis(trace.ledger, trace.blocks(tensor), 0))
-    trace.put(out, tuple(b for b in trace.blocks(image) if support(b) <= {0, 1}))
+    trace.put(out, (*along(channels, 1, image.ndim), *others))
+
+
+def _fixed(trace: Trace, blocks: Blocks, dims: Iterable[int]) -> Blocks:
+    """What a statistic runs over stays."""
+    for dim in dims:
+        blocks = forbid(trace.ledger, blocks, dim, "a normalisation runs over it")
+    return blocks
 
 
 def layer_norm(trace: Trace, call: Call) -> None:
@@ -52,7 +64,9 @@ def group_norm(trace: Trace, call: Call) -> None:
         else:
             ledger.unite(rows, rows[:, :1])
             trace.require(trace.written([groups])[0], (rows[:, 0],), 0)
-    trace.put(call.out[0], tuple(b for b in trace.blocks(image) if support(b) <= {0, 1}))
+    others = tuple(block for block in trace.blocks(image) if 1 not in support(block))
+    others = _fixed(trace, others, range(2, image.ndim))
+    trace.put(call.out[0], (*along(channels, 1, image.ndim), *others))
 
 
 def weight_norm(trace: Trace, call: Call) -> None:

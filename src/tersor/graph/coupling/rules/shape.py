@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -317,6 +318,54 @@ def _padded(trace: Trace, blocks: Blocks, dim: int, amounts: Sequence[int | Trac
     return tuple(result)
 
 
+def strided(trace: Trace, call: Call) -> None:
+    """`as_strided` where it is a reshape; other layouts freeze what they touch."""
+    source, out = call.args[0], call.out
+    blocks = trace.blocks(source)
+    whole = math.prod(call.shape) == out.numel() and out.is_contiguous() and not call.argument(3, "storage_offset")
+    if not whole:
+        for block in blocks:
+            trace.ledger.freeze(block, "it is laid out anew by strides")
+        blocks = ()
+    trace.put(out, _move(trace, blocks, lambda block: _regroup(block, call.shape, out.shape)))
+
+
+def columns(trace: Trace, call: Call) -> None:
+    """`im2col`: every channel becomes a run of columns, one per pixel of the kernel."""
+    source, out = call.args[0], call.out
+    blocks = _without_pixels(trace, trace.blocks(source), source.ndim)
+    batched = source.ndim - 3
+    pixels = out.shape[batched] // source.shape[batched]
+    parts = (*source.shape[: batched + 1], pixels)
+
+    def move(block: Tensor) -> Tensor:
+        return _regroup(block.squeeze(-1).squeeze(-1).unsqueeze(-1), parts, out.shape[: batched + 1]).unsqueeze(-1)
+
+    trace.put(out, _move(trace, blocks, move))
+
+
+def uncolumns(trace: Trace, call: Call) -> None:
+    """`col2im`: runs of columns become channels; the runs go whole."""
+    source, out = call.args[0], call.out
+    dim = source.ndim - 2
+    blocks = forbid(trace.ledger, trace.blocks(source), dim + 1, "it is a spatial dimension")
+    result: list[Tensor] = []
+    for block in blocks:
+        if dim in support(block):
+            size = out.shape[dim]
+            runs = block.reshape(*block.shape[:dim], size, block.shape[dim] // size, 1)
+            result += restrict(trace.ledger, runs, support(runs) - {dim + 1})
+        else:
+            result.append(block.unsqueeze(-1))
+    trace.put(out, tuple(result))
+
+
+def _without_pixels(trace: Trace, blocks: Blocks, ndim: int) -> Blocks:
+    for dim in (ndim - 2, ndim - 1):
+        blocks = forbid(trace.ledger, blocks, dim, "it is a spatial dimension")
+    return blocks
+
+
 def roll(trace: Trace, call: Call) -> None:
     """A shift by a number of places: nothing can be cut along it."""
     source = call.args[0]
@@ -377,6 +426,9 @@ RULES: dict[str, Rule] = {
     "aten.cat": cat,
     "aten.stack": stack,
     "aten.constant_pad_nd": pad,
+    "aten.as_strided": strided,
+    "aten.im2col": columns,
+    "aten.col2im": uncolumns,
     "aten.roll": roll,
     "aten.tril": triangle,
     "aten.triu": triangle,
