@@ -186,7 +186,7 @@ class _Seen:
         if _Probe.busy:
             return
         saved, self.given = self.given, None
-        given = [*enumerate(args), *kwargs.items()]
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         self.cache |= any(_is_cache(value) for _, value in given)
         first = output[0] if type(output) in (tuple, list) and output else output
         source = next((name for name, value in given if _alike(value, first)), None)

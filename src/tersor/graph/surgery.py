@@ -112,7 +112,8 @@ def _sliced(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
 
 def _check(model: nn.Module, surgery: Surgery) -> None:
     tensors, holders, modules = named_tensors(model), dict(owners(model)), dict(model.named_modules())
-    for path in (*surgery.freed, *(item.path for item in (*surgery.skipped, *surgery.shrunk))):
+    replaced = [*(block.path for block in surgery.skipped), *(shrink.path for shrink in surgery.shrunk)]
+    for path in (*surgery.freed, *replaced):
         if path not in modules:
             raise SurgeryError(f"the surgery expects a module {path!r}, the model has none")
     check_blocks(modules, surgery)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -37,7 +38,7 @@ def multiply_accumulates(model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
         torch.backends.mha.set_fastpath_enabled(False)  # the formulas do not know fused kernels
         if recurrent:
             torch._C._set_mkldnn_enabled(False)
-        with torch.no_grad(), _Counter() as counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
             model(*args, **kwargs)
     finally:
         torch._C._set_mkldnn_enabled(fused)

@@ -99,7 +99,8 @@ class DepthReport:
 
         return "\n".join(
             [
-                f"blocks removed {len(self.removed)} of {len(self.removed) + len(self.kept)}: {', '.join(self.removed)}",
+                f"blocks removed: {len(self.removed)} of {len(self.removed) + len(self.kept)} "
+                f"({', '.join(self.removed)})",
                 change("parameters", self.params_before, self.params_after),
                 change("MACs", self.macs_before, self.macs_after),
                 "not verified" if self.max_error is None else f"verified, max relative error {self.max_error:.1e}",
@@ -230,7 +231,8 @@ class _Operation:
         runs = self.runs if self.batches is None else [(batch.args, batch.kwargs) for batch in self.batches]
         if self.settings.criterion == "similarity":
             return dissimilarity(self.model, found, runs)
-        assert self.batches is not None and self.loss is not None  # noqa: S101 - `depth` has seen to it
+        assert self.batches is not None  # noqa: S101 - `depth` has seen to it
+        assert self.loss is not None  # noqa: S101
         return loss_increase(self.model, found, self.batches, self.loss)
 
     def _accept(self, ranked: Sequence[SkippedBlock]) -> list[SkippedBlock]:
@@ -303,18 +305,14 @@ def compare_skipped(
         shallow = apply_surgery(copy.deepcopy(model), Surgery(skipped=tuple(blocks)))
         with torch.no_grad():
             answers = [run_model(shallow, *copy.deepcopy(run)) for run in runs]
-    except ModelError as error:
-        cause = error.__cause__
-        return Verdict(float("inf"), 0.0, f"the model without it fails: {cause if cause is not None else error}")
+    except ModelError as failure:
+        cause = failure.__cause__
+        return Verdict(float("inf"), 0.0, f"the model without it fails: {cause if cause is not None else failure}")
     wanted = _outputs(model, blocks, runs)
     error = max(distance(answer, right) for answer, right in zip(answers, wanted, strict=True))
     if error > TOLERANCE:
-        return Verdict(
-            error, 0.0, f"outputs differ from the model whose block is bypassed by {error:.1e} of their scale"
-        )
-    effect = max(
-        (distance(old, right) for old, right in zip(before or (), wanted, strict=before is not None)), default=1.0
-    )
+        return Verdict(error, 0.0, f"outputs differ from those with the block bypassed by {error:.1e} of their scale")
+    effect = 1.0 if before is None else max(distance(a, b) for a, b in zip(before, wanted, strict=True))
     return Verdict(error, effect, "" if effect >= VISIBLE else "removing it has no visible effect to verify")
 
 

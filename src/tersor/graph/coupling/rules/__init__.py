@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from tersor.graph.coupling.rules import indexing, linear, norm, pointwise, shape
+from tersor.graph.coupling.rules import indexing, linear, norm, pieces, pointwise, shape
 from tersor.graph.coupling.rules.pointwise import fallback
 from tersor.graph.coupling.trace import Rule
 
-RULES: dict[str, Rule] = {**pointwise.RULES, **linear.RULES, **norm.RULES, **shape.RULES, **indexing.RULES}
+RULES: dict[str, Rule] = {
+    **pointwise.RULES,
+    **linear.RULES,
+    **norm.RULES,
+    **shape.RULES,
+    **pieces.RULES,
+    **indexing.RULES,
+}
 
 __all__ = ["RULES", "fallback"]
