@@ -40,6 +40,9 @@ check: $(VENV)/.dev ## lint, format, types, layers, docs
 bench: $(VENV)/.bench ## all benchmarks; DATA points to the CIFAR images and weights
 	$(BIN)/python benchmarks/int8_peers.py --data $(or $(DATA),../shared/data)
 	$(BIN)/python benchmarks/certificate_simulation.py
+	$(BIN)/python benchmarks/pruning_accuracy.py --data $(or $(DATA),../shared/data) --out benchmarks/results/pruning_accuracy.json
+	$(BIN)/python benchmarks/pruning_accuracy.py --data $(or $(DATA),../shared/data) --part sparse --out benchmarks/results/sparse_accuracy.json
+	$(BIN)/python benchmarks/coupling_speed.py --out benchmarks/results/coupling_speed.json
 
 clean:
 	rm -rf $(VENV) runs

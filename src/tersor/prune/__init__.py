@@ -1,5 +1,6 @@
 """Pruning: criteria, masks, and the steps that use them."""
 
+from tersor.prune.depth import DepthReport, depth
 from tersor.prune.gradual import Gradual, Training, gradual
 from tersor.prune.lottery import LotteryTicket, Rounds, lottery_ticket
 from tersor.prune.schedule import SparsitySchedule
@@ -10,6 +11,7 @@ from tersor.prune.structured import PruneReport, structured
 from tersor.prune.unstructured import SparsityReport, Unstructured, unstructured
 
 __all__ = [
+    "DepthReport",
     "Gradual",
     "LotteryTicket",
     "PruneReport",
@@ -21,6 +23,7 @@ __all__ = [
     "Structured",
     "Training",
     "Unstructured",
+    "depth",
     "gradual",
     "lottery_ticket",
     "structured",
