@@ -103,7 +103,9 @@ def test_a_global_ranking_does_not_empty_a_weak_layer() -> None:
     assert kept(report)["0.weight[0]"] > 8
 
 
-@pytest.mark.parametrize(("step", "sizes"), [(8, (8, 16, 16)), (16, (8, 16, 16)), (5, (10, 15, 10)), (64, (8, 16, 12))])
+@pytest.mark.parametrize(
+    ("step", "sizes"), [(8, (8, 16, 16)), (16, (16, 16, 16)), (5, (10, 15, 10)), (64, (8, 16, 12))]
+)
 def test_rounding_leaves_multiples_and_tells_the_effective_amount(step: int, sizes: tuple[int, ...]) -> None:
     report = prune(amount=0.5, round_to=step)
     assert tuple(kept(report).values()) == sizes
@@ -171,6 +173,26 @@ def test_in_place_changes_the_model_itself() -> None:
     assert report.model is model
     assert torch.equal(model(IMAGES), prune(twin).model(IMAGES))
     assert twin[0].out_channels == 16
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_result_is_in_the_mode_of_the_model(inplace: bool) -> None:
+    model = net().train()
+    model[1].eval()
+    result = structured(model, IMAGES, amount=0.5, inplace=inplace).model
+    assert [module.training for module in result] == [True, False, *[True] * 8]
+
+
+def test_a_family_as_wide_as_the_step_stays_whole() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 2)).eval()
+    report = structured(model, torch.ones(2, 4), amount=0.5, round_to=16)
+    assert [(cut.units, cut.kept) for cut in report.families] == [(16, 16), (64, 32)]
+
+
+def test_a_floor_is_a_minimum() -> None:
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
+    report = structured(model, torch.ones(2, 4), amount=0.99, floor=0.1)
+    assert report.families[0].kept == 4  # a tenth of 32 is 3.2
 
 
 def test_a_training_mode_is_given_back_and_not_used() -> None:

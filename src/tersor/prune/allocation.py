@@ -21,7 +21,7 @@ HALVINGS = 200  # of a bisection over floats: more than their digits
 
 def spare(size: int, floor: float) -> int:
     """How many of `size` units may go at most."""
-    return size - max(1, round(floor * size)) if size else 0
+    return size - max(1, math.ceil(floor * size - 1e-9)) if size else 0
 
 
 def uniform(sizes: Mapping[str, int], amount: float, floor: float = 0.0) -> dict[str, float]:

@@ -162,7 +162,7 @@ def choose(
 def rounded(family: Family, count: int, settings: Structure) -> int:
     """How many units go so that the rest is a multiple of `round_to`; heads are counted as they are."""
     step = settings.round_to
-    if step == 1 or not count or family.kind == "head" or family.size <= step:
+    if step == 1 or not count or family.kind == "head" or family.size < step:
         return count
     kept = max(step, round((family.size - count) / step) * step)
     return max(0, family.size - kept)

@@ -133,13 +133,19 @@ def structured(
     wanted = Structure(**settings)
     _check_data(wanted, data, loss)
     batches = None if data is None else list(batches_of(data))
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {path: module.training for path, module in model.named_modules()}
     model.eval()
     try:
-        return _in_rounds(model, runs_of(example_inputs), wanted, _Material(batches, loss, rules), inplace)
+        report = _in_rounds(model, runs_of(example_inputs), wanted, _Material(batches, loss, rules), inplace)
     finally:
-        for module, mode in modes:
-            module.training = mode
+        _set_modes(model, modes)
+    _set_modes(report.model, modes)
+    return report
+
+
+def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
+    for path, module in model.named_modules():
+        module.training = modes.get(path, module.training)
 
 
 def _check_data(settings: Structure, data: Any, loss: Loss | None) -> None:
