@@ -3,6 +3,7 @@
 from tersor.prune.depth import DepthReport, depth
 from tersor.prune.gradual import Gradual, Training, gradual
 from tersor.prune.lottery import LotteryTicket, Rounds, lottery_ticket
+from tersor.prune.regularise import Learned, Penalty, sparse_learning
 from tersor.prune.schedule import SparsitySchedule
 from tersor.prune.sparsity import Sparsity
 from tersor.prune.steps import Structured
@@ -13,7 +14,9 @@ from tersor.prune.unstructured import SparsityReport, Unstructured, unstructured
 __all__ = [
     "DepthReport",
     "Gradual",
+    "Learned",
     "LotteryTicket",
+    "Penalty",
     "PruneReport",
     "Rounds",
     "Sparsity",
@@ -26,6 +29,7 @@ __all__ = [
     "depth",
     "gradual",
     "lottery_ticket",
+    "sparse_learning",
     "structured",
     "unstructured",
 ]
