@@ -249,9 +249,8 @@ def structured_rows(data: Path, train: Pixels, test: Batches, epochs: int) -> li
     train.augment = True
     for side in ("tersor", "Torch-Pruning"):
         best = max((row for row in rows if row["name"].startswith(side)), key=lambda row: row["choosing"])
-        started = time.perf_counter()
         losses = recover(nets[best["name"]], train, epochs)
-        best |= {"epochs": epochs, "losses": losses, "training_seconds": time.perf_counter() - started}
+        best |= {"epochs": epochs, "losses": losses}
         best |= compared(predictions(nets[best["name"]], test), base, "trained")
         print(json.dumps(best), flush=True)
     return rows
