@@ -40,7 +40,7 @@ Array = NDArray[np.float64]
 BETA = 1e-6  # Berger & Boos: the share of the error spent on the interval for the gain rate
 _TAIL = 1e-12  # binomial mass left out on each side of the sum over gains; added back to the p-value
 _GRID_STEP = 0.35  # distance of neighbouring gain rates on the grid, at most this many standard errors
-_REFINEMENTS = 3  # each makes the grid four times finer around its best points
+_REFINEMENTS = 6  # each makes the grid four times finer around its best points
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,8 @@ def _worst(region: _Region, drop: float) -> float:
     length = 2 * sqrt(region.n) * (np.sqrt(fine) + np.sqrt(losses) - np.sqrt(np.maximum(1 - fine - losses, 0)))
     count = 2 + ceil((length[-1] - length[0]) / _GRID_STEP)
     rates = np.interp(np.linspace(length[0], length[-1], count), length, fine)
+    if lowest < -drop < highest:  # below it p10 is 0: P(region) has a kink, and often its peak, there
+        rates = np.unique(np.append(rates, -drop))
     values = _probability(region, rates, drop)
     best = float(values.max())
     for _ in range(_REFINEMENTS):
