@@ -7,8 +7,8 @@ Everyone removes 30 % of the multiply-accumulates of the same network with the s
 BatchNorm statistics re-estimated on them, and trains with the same loss, schedule and order of images. The settings
 of each side are chosen on 2,000 training images; the 10,000 JPEG test images are looked at once per row.
 
-Torch-Pruning cannot prune the network itself (its shortcuts pad channels): it gets a twin that computes the same
-with the padding written as a fixed 1x1 convolution.
+The network's shortcuts pad channels with zeros. Both sides are also run on a twin that computes the same, with the
+padding written as a fixed 1x1 convolution.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def theirs(settings: dict[str, Any]) -> Callable[[nn.Module, Batches], nn.Module
     import torch_pruning as tp
 
     def once(data: Path, calibration: Batches, ratio: float) -> nn.Module:
-        net: Any = twin(pretrained(data, 56))
+        net: Any = pretrained(data, 56)
+        net = twin(net) if settings["net"] == "twin" else net
         for parameter in net.parameters():
             parameter.requires_grad_(True)
         importance = getattr(tp.importance, settings["importance"])()
@@ -205,10 +206,12 @@ def contestants(data: Path) -> dict[str, dict[str, Any]]:
             "net": "twin",
         },
         **{
-            f"Torch-Pruning {importance}{'' if steps == 1 else f', {steps} steps'}{'' if everywhere else ', local'}": {
-                "prune": theirs({**peer, "importance": importance, "steps": steps, "global": everywhere}),
-                "net": "twin",
+            f"Torch-Pruning {importance}{'' if steps == 1 else f', {steps} steps'}"
+            f"{'' if everywhere else ', local'}{', twin' if net == 'twin' else ''}": {
+                "prune": theirs({**peer, "importance": importance, "steps": steps, "global": everywhere, "net": net}),
+                "net": net,
             }
+            for net in ("native", "twin")
             for importance, steps, everywhere in (
                 ("GroupMagnitudeImportance", 1, True),
                 ("GroupMagnitudeImportance", ROUNDS, True),

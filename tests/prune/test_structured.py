@@ -425,3 +425,62 @@ def test_a_pruned_model_can_be_trained_and_pruned_again() -> None:
         optimizer.step()
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert kept(report) == {"0.weight[0]": 8, "3.weight[0]": 15, "5.weight[0]": 12}
+
+
+ORACLE = [
+    "convolutional/resnet_a",
+    "convolutional/resnext",
+    "convolutional/mobilenet_v2",
+    "convolutional/densenet",
+    "branching/unet",
+    "branching/shufflenet_v2",
+    "plain/lstm",
+    "constructs/tied_names",
+    "constructs/pad_channels",
+]
+
+
+@pytest.mark.parametrize("name", ORACLE)
+def test_zeros_put_in_by_hand_give_the_same_answers(name: str) -> None:
+    """An oracle without labels or reference: nothing here takes a statistic over channels, so zeros are enough."""
+    group, _, single = name.partition("/")
+    specimen = next(item for item in SPECIMENS[group] if item.name == single)
+    model = specimen.model()
+    report = structured(model, specimen.inputs(0), amount=0.5, verify="off")
+    assert report.surgery.cuts
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        parameters = dict(masked.named_parameters())
+        for cut in report.surgery.cuts:
+            if cut.parameter in parameters:
+                gone = sorted(set(range(cut.size)) - set(cut.kept))
+                parameters[cut.parameter].index_fill_(cut.dim, torch.tensor(gone), 0.0)
+        for variant in (0, 1):
+            expected, original = specimen.call(masked, variant), specimen.call(model, variant)
+            torch.testing.assert_close(specimen.call(report.model, variant), expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(expected, original, rtol=1e-3, atol=1e-4)
+
+
+def test_no_example_is_refused() -> None:
+    with pytest.raises(ModelError, match="empty list"):
+        structured(net(), [])
+
+
+def test_a_target_and_inputs_that_do_not_run_are_told_as_such() -> None:
+    with pytest.raises(ModelError, match="does not run"):
+        structured(net(), torch.zeros(2, 99), target={"macs": 0.5}, rounds=2)
+
+
+def test_one_input_shape_only_is_told() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] != 3:
+                raise ValueError("three rows only")
+            return self.last(self.first(x).relu())
+
+    report = structured(Fixed().eval(), torch.randn(3, 6))
+    assert any("one input shape" in note for note in report.notes)

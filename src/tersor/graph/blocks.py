@@ -19,10 +19,9 @@ from torch.nn import functional
 
 from tersor.core.surgery import Shrink, SkippedBlock, Surgery
 from tersor.errors import SurgeryError
-from tersor.graph.coupling.couple import run_model
+from tersor.graph.coupling.couple import Run, run_model
 from tersor.graph.coupling.family import Frozen
 
-Run = tuple[tuple[Any, ...], dict[str, Any]]
 WEAK = 1e-6  # of a probe's weights
 LEAST_SIZE, LEAST_LIKENESS = 0.01, 0.3  # a ReLU behind a sum leaves 0.7
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

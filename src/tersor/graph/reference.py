@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.graph.attention import prunable_attention
-from tersor.graph.coupling.couple import Coupling, named_tensors, run_model
+from tersor.graph.coupling.couple import Coupling, Run, named_tensors, run_model
 from tersor.graph.coupling.labels import Ledger, support
 from tersor.graph.coupling.rules import RULES, fallback
 from tersor.graph.coupling.rules.pointwise import _REDUCTIONS
@@ -58,7 +58,7 @@ def masked_outputs(
     model: nn.Module,
     coupling: Coupling,
     removed: Mapping[str, Tensor],
-    runs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    runs: Iterable[Run],
     rules: Mapping[str, Rule] | None = None,
 ) -> list[Any]:
     """Outputs of the masked original, one per run.

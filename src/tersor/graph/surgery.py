@@ -48,7 +48,8 @@ def plan_surgery(model: nn.Module, coupling: Coupling, removed: Mapping[str, Ten
             raise SurgeryError(f"nothing of {place} would stay")
         kept = tuple(keep.nonzero().flatten().tolist())
         cuts.append(Cut(parameter=place.parameter, dim=place.dim, size=len(keep), kept=kept))
-    cuts.sort(key=lambda cut: (list(tensors).index(cut.parameter), cut.dim))
+    order = {name: position for position, name in enumerate(tensors)}
+    cuts.sort(key=lambda cut: (order[cut.parameter], cut.dim))
     values = {**coupling.attributes_without(classes), **_described(model, cuts)}
     holders = dict(owners(model))
     changes = []

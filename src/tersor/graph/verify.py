@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import ModelError, TersorError
-from tersor.graph.coupling.couple import Coupling, named_outputs, named_tensors, run_model
+from tersor.graph.coupling.couple import Coupling, Run, named_outputs, named_tensors, run_model
 from tersor.graph.coupling.family import Frozen
 from tersor.graph.coupling.trace import Rule
 from tersor.graph.reference import masked_outputs
@@ -25,7 +25,6 @@ from tersor.graph.surgery import apply_surgery, plan_surgery
 TOLERANCE = 1e-4
 VISIBLE = 1e-6
 ATTEMPTS = 3  # other halves, where removing one shows nothing
-Run = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)

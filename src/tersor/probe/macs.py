@@ -11,6 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tersor.graph.coupling.couple import run_model
+
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up `flop_registry`; `FlopCounterMode` itself hooks modules and fails on some outputs without gradients."""
@@ -28,7 +30,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def multiply_accumulates(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Products in matrix multiplications, convolutions and attention of one call, in evaluation mode."""
+    """Products in matrix multiplications, convolutions and attention of one call, in evaluation mode.
+
+    Raises:
+        ModelError: if the model does not run on these arguments.
+    """
     modes = [(module, module.training) for module in model.modules()]
     fused = torch._C._get_mkldnn_enabled()
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -39,7 +45,7 @@ def multiply_accumulates(model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
         if recurrent:
             torch._C._set_mkldnn_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
-            model(*args, **kwargs)
+            run_model(model, args, dict(kwargs))
     finally:
         torch._C._set_mkldnn_enabled(fused)
         torch.backends.mha.set_fastpath_enabled(fast)

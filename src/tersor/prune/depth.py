@@ -22,9 +22,9 @@ from tersor.core.surgery import SkippedBlock, Surgery
 from tersor.errors import ConfigError, CoverageError, ModelError, NonFiniteError, SurgeryError
 from tersor.graph import Frozen, Verdict, apply_surgery
 from tersor.graph.blocks import argument, bypassed, find_blocks
-from tersor.graph.coupling import runs_of
+from tersor.graph.coupling import Run, runs_of
 from tersor.graph.coupling.couple import run_model
-from tersor.graph.verify import TOLERANCE, VISIBLE, Run, distance, other_shapes, randomised
+from tersor.graph.verify import TOLERANCE, VISIBLE, distance, other_shapes, randomised
 from tersor.probe import multiply_accumulates
 from tersor.prune.sparsity import batches_of
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tersor.core.surgery import Surgery
-from tersor.errors import ConfigError, CoverageError, ModelError, SurgeryError, UnsupportedError
+from tersor.errors import ConfigError, CoverageError, SurgeryError, UnsupportedError
 from tersor.graph import Coupling, Family, Frozen, Verifier, apply_surgery, compare, couple, plan_surgery
-from tersor.graph.coupling import runs_of
+from tersor.graph.coupling import Run, runs_of
 from tersor.graph.coupling.trace import Rule
 from tersor.probe import Evidence, collect, multiply_accumulates, reestimate_batchnorm
 from tersor.prune.allocation import reach
@@ -27,7 +27,6 @@ from tersor.prune.sparsity import FROM_LOSS, batches_of
 from tersor.prune.structure import DEFAULT_AMOUNT, Structure, choose
 
 Loss = Callable[[Any, Tensor | None], Tensor]
-Run = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class FamilyCut(NamedTuple):
@@ -136,7 +135,7 @@ def structured(
     modes = {path: module.training for path, module in model.named_modules()}
     model.eval()
     try:
-        report = _in_rounds(model, runs_of(example_inputs), wanted, _Material(batches, loss, rules), inplace)
+        report = _in_rounds(model, wanted, _Material(example_inputs, batches, loss, rules), inplace)
     finally:
         _set_modes(model, modes)
     _set_modes(report.model, modes)
@@ -164,24 +163,23 @@ def _check_data(settings: Structure, data: Any, loss: Loss | None) -> None:
 
 @dataclass(frozen=True)
 class _Material:
-    """What is given beside the model and its inputs."""
+    """What is given beside the model and the settings."""
 
+    examples: Any
     batches: list[Any] | None
     loss: Loss | None
     rules: Mapping[str, Rule] | None
 
 
-def _in_rounds(
-    model: nn.Module, runs: Sequence[Run], settings: Structure, material: _Material, inplace: bool
-) -> PruneReport:
+def _in_rounds(model: nn.Module, settings: Structure, material: _Material, inplace: bool) -> PruneReport:
     """All rounds; the report tells of them together."""
     goal = next(iter(settings.target or {"parameters": 0}))
-    whole = _size(model, goal, runs[0])
-    first = last = _Operation(model, runs, settings.step(1, whole), material).run()
+    whole = _size(model, goal, runs_of(material.examples)[0])
+    first = last = _Operation(model, settings.step(1, whole), material).run()
     surgery, seconds, error = first.surgery, dict(first.seconds), first.max_error
     kept = {cut.name: cut.kept for cut in first.families}
     for number in range(2, settings.rounds + 1):
-        last = _Operation(last.model, runs, settings.step(number, whole), material).run()
+        last = _Operation(last.model, settings.step(number, whole), material).run()
         surgery = surgery.then(last.surgery)
         seconds = {name: value + last.seconds.get(name, 0.0) for name, value in seconds.items()}
         error = None if error is None else max(error, last.max_error or 0.0)
@@ -206,14 +204,9 @@ def _in_rounds(
 class _Operation:
     """One round, step by step; the model stays as it is."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        runs: Sequence[Run],
-        settings: Structure,
-        material: _Material,
-    ) -> None:
-        self.model, self.runs, self.settings = model, runs, settings
+    def __init__(self, model: nn.Module, settings: Structure, material: _Material) -> None:
+        self.model, self.settings = model, settings
+        self.examples, self.runs = material.examples, runs_of(material.examples)
         self.batches, self.loss, self.rules = material.batches, material.loss, material.rules
         self.seconds: dict[str, float] = {}
         self.frozen: list[Frozen] = []
@@ -223,8 +216,7 @@ class _Operation:
     def run(self) -> PruneReport:
         """Couples, verifies, scores, cuts."""
         with _Timer(self.seconds, "coupling"):
-            # every run as one example: what any of them reaches is coupled
-            coupling = couple(self.model, [_as_example(run) for run in self.runs], rules=self.rules)
+            coupling = couple(self.model, self.examples, rules=self.rules)
         self.frozen += coupling.frozen
         macs_before = multiply_accumulates(self.model, *self.runs[0])
         families = self._sound(coupling)
@@ -278,6 +270,8 @@ class _Operation:
             with _Timer(self.seconds, "verification"):
                 verifier = Verifier(self.model, coupling, self.runs, rules=self.rules, seed=self.settings.seed)
                 names, frozen, self.error = verifier.settle([family.name for family in asked])
+            if len(verifier.runs) < 2:
+                self.notes.append("verified at one input shape only: the model does not take another one")
             self.frozen += frozen
             asked = [family for family in asked if family.name in set(names)]
         if not asked:
@@ -352,13 +346,6 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.started
-
-
-def _as_example(run: Run) -> Any:
-    args, kwargs = run
-    if args and kwargs:
-        raise ModelError("example inputs are either positional (a tuple) or keywords (a dict), not both")
-    return kwargs if kwargs else args
 
 
 def _size(model: nn.Module, goal: str, run: Run) -> int:

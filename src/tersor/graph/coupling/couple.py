@@ -24,6 +24,8 @@ from tersor.graph.coupling.rules import RULES, fallback
 from tersor.graph.coupling.rules.pointwise import tensors_in
 from tersor.graph.coupling.trace import Demand, Rule, Trace, observed
 
+Run = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -82,9 +84,11 @@ class Coupling:
         return values
 
 
-def runs_of(example_inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def runs_of(example_inputs: Any) -> list[Run]:
     """Reads example inputs: a tensor, a tuple (positional), a dict (keywords), or a list of these (several runs)."""
     if isinstance(example_inputs, list):
+        if not example_inputs:
+            raise ModelError("example inputs are an empty list; give at least one tensor, tuple or dict")
         return [run for item in example_inputs for run in runs_of(item)]
     if isinstance(example_inputs, Mapping):
         return [((), dict(example_inputs))]
