@@ -183,7 +183,73 @@ def test_a_crash_while_writing_leaves_nothing(prune: Command, tmp_path: Path, mo
     def broken(surgeries: object) -> bytes:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr("tersor.cli.prune.dump_surgeries", broken)
+    monkeypatch.setattr("tersor.prune.saved.dump_surgeries", broken)
     with pytest.raises(RuntimeError, match="power cut"):
         prune("--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what was written is read back
+
+
+@pytest.fixture
+def compressed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], quick_latency: None) -> Command:
+    """`tersor compress …` of the problem, without a certificate."""
+
+    def run(*options: object) -> Said:
+        arguments = ["tersor", "compress", "--model", "problem:build", "--task", "problem:small_task", "--json"]
+        arguments += ["--max-drop", "0.5", "--rounds", "1", "--threads", "1", "--recipe", "convert"]
+        monkeypatch.setattr(sys, "argv", [*arguments, *(str(option) for option in options)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Said(code, *capfd.readouterr())
+
+    return run
+
+
+def test_a_pruned_directory_is_pruned_again_and_compressed(
+    prune: Command, compressed: Command, problem: Any, tmp_path: Path
+) -> None:
+    first, second, run = tmp_path / "first", tmp_path / "second", tmp_path / "run"
+    assert prune("--amount", 0.5, "--out", first).code == 0
+    said = prune("--weights", first, "--amount", 0.25, "--out", second, "--json", model="problem:build")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert [(family["units"], family["kept"]) for family in found["families"]] == [(8, 6), (32, 24), (48, 36)]
+    assert len(parse_surgeries((second / "surgery.json").read_bytes(), "surgery.json")) == 2
+    module, images = rebuilt(problem.module.build(), second), problem.splits()["report"][0]
+    said = compressed("--weights", second, "--target", "eager", "--out", run)
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["deployed"]["parameters"] == found["params_after"]
+    with torch.no_grad():
+        expected = module(images)
+    assert torch.equal(tersor.load(run, model=problem.module.build)(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "said"),
+    [
+        ("surgery.json", b"[{", 4, "IntegrityError: "),
+        ("surgery.json", b"{}", 4, "no list of surgeries"),
+        ("surgery.json", None, 4, "has no surgery.json; expected the directory that tersor prune --out wrote"),
+        ("weights.safetensors", b"?", 4, "is damaged"),
+        ("weights.safetensors", None, 4, "has no weights.safetensors"),
+        ("surgery.json", b"[]", 2, "must be of one pruning"),
+    ],
+)
+def test_a_damaged_directory_has_its_exit_code(
+    prune: Command, tmp_path: Path, file: str, content: bytes | None, code: int, said: str
+) -> None:
+    out = tmp_path / "pruned"
+    assert prune("--out", out).code == 0
+    (out / file).unlink()
+    if content is not None:
+        (out / file).write_bytes(content)
+    found = prune("--weights", out, model="problem:build")
+    assert found.code == code, found.err
+    assert said in found.err
+    assert "Traceback" not in found.err

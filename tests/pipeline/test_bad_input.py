@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import tersor
-from tersor.cli.loading import load_model
+from tersor.cli.loading import load_candidate
 from tersor.core.artifact import verify
 from tersor.distill import Recover
 from tersor.errors import (
@@ -568,7 +568,7 @@ def load_model_from(problem: Any, weights: Path) -> nn.Module:
     """What `tersor compress --model problem:build --weights FILE` does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "problem", problem.module)
-        return load_model("problem:build", weights)
+        return load_candidate("problem:build", weights).module
 
 
 def test_the_caller_may_go_on_after_an_error(problem: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.errors import DataError, ModelError
 from tersor.probe import multiply_accumulates, reestimate_batchnorm
 
 
@@ -47,7 +48,7 @@ def test_counting_leaves_the_model_and_the_switches(fails: bool, noticed: Callab
     before = noticed(model)
     switches = (torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled())
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ModelError):
             multiply_accumulates(model, (torch.randn(2, 5),), {})
     else:
         multiply_accumulates(model, (torch.randn(2, 3),), {})
@@ -125,3 +126,51 @@ def test_without_batch_norm_no_batch_is_read() -> None:
 def test_labels_are_no_input() -> None:
     model = net()
     assert reestimate_batchnorm(model, [(batch, torch.zeros(8, dtype=torch.long)) for batch in batches()]) == 2
+
+
+def flat() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5)
+    ).eval()
+
+
+def test_a_last_batch_of_one_example_is_left_out() -> None:
+    models = [flat(), flat()]
+    assert reestimate_batchnorm(models[0], [*batches(2), batches()[2][:1]]) == 2
+    reestimate_batchnorm(models[1], batches(2))
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_single_values_have_no_variance_and_the_old_statistics_stay(place: int) -> None:
+    model, given = flat(), batches(2)
+    model[4].running_mean.fill_(7.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    given.insert(place, given[0][:1])
+    with pytest.raises(DataError, match=r"BatchNorm '4' needs several values per channel.*\(1, 5\)"):
+        reestimate_batchnorm(model, given)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_batch_of_one_image_is_enough_where_channels_are_maps() -> None:
+    assert reestimate_batchnorm(net(), [batches()[0][:1]]) == 2
+
+
+def test_layers_that_no_batch_reaches_keep_their_statistics() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(input=x)
+
+    model = Idle().eval()
+    for norm in (model.used, model.idle):
+        norm.running_mean.fill_(7.0)
+    assert reestimate_batchnorm(model, []) == 0
+    assert reestimate_batchnorm(model, [torch.zeros(4, 3)]) == 1
+    assert (float(model.used.running_mean[0]), float(model.idle.running_mean[0])) == (0.0, 7.0)

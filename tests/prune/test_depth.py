@@ -88,3 +88,30 @@ def test_a_model_without_blocks_is_refused() -> None:
 def test_a_wrong_amount_is_refused() -> None:
     with pytest.raises(ConfigError):
         depth(built(), INPUTS, amount=1.0)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_data_gives_the_norms_that_stay_new_statistics(inplace: bool) -> None:
+    class Normed(Residual):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.norm = nn.BatchNorm1d(width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(self.layer(x)).relu()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Normed(8), Normed(8), nn.Linear(8, 3)).train()
+    report = depth(model, INPUTS, blocks=["1"], data=[INPUTS], inplace=inplace)
+    assert "statistics of 1 BatchNorm layers re-estimated" in report.notes
+    assert (report.model is model) is inplace
+    assert all(module.training for module in report.model.modules())
+    with torch.no_grad():
+        mean = model[2].layer(model[0](INPUTS)).mean(0)
+    torch.testing.assert_close(report.model[2].norm.running_mean, mean)  # type: ignore[index, union-attr]
+    before = None if inplace else float(model[2].norm.running_mean.abs().sum())
+    assert before in (None, 0.0)
+
+
+def test_named_blocks_stand_in_the_models_order() -> None:
+    assert depth(built(), INPUTS, blocks=["blocks.2", "blocks.0"]).removed == ("blocks.0", "blocks.2")

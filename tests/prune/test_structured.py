@@ -13,7 +13,7 @@ from specimens import SPECIMENS, Specimen
 from tersor.errors import ConfigError, CoverageError, ModelError, NonFiniteError, UnsupportedError
 from tersor.graph import apply_surgery
 from tersor.probe import multiply_accumulates
-from tersor.prune import PruneReport, criteria, structured
+from tersor.prune import PruneReport, choose_units, criteria, structured
 from tersor.prune.structure import Structure
 
 ZOO = {item.name: item for items in SPECIMENS.values() for item in items}
@@ -484,3 +484,103 @@ def test_one_input_shape_only_is_told() -> None:
 
     report = structured(Fixed().eval(), torch.randn(3, 6))
     assert any("one input shape" in note for note in report.notes)
+
+
+class Moody(nn.Module):
+    """Looks at one of its weights: with large ones it takes another way, and fewer of them are larger on average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        if self.b.weight.abs().sum() / self.b.weight.numel() > 0.5:
+            x = 2 * x
+        return self.d(self.c(x).relu())
+
+
+MOODY_INPUTS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def moody() -> Moody:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Moody().eval()
+    with torch.no_grad():
+        model.b.weight.mul_(5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"verify": "together"},
+        {"rounds": 2},
+        {"target": {"parameters": 0.6}},
+        {"allocation": {"a.*": 0.5, "b.*": 0.5, "c.*": 0.5}},
+    ],
+)
+def test_what_only_the_real_weights_show_is_frozen_and_the_rest_goes(settings: dict[str, Any]) -> None:
+    model = moody()
+    report = structured(model, MOODY_INPUTS, **settings)
+    reasons = {item.name: item.reason for item in report.frozen}
+    start = "verification on the model's own weights: outputs differ from the masked model by "
+    assert [name for name, reason in reasons.items() if reason.startswith(start)] == ["a.weight[0]", "b.weight[0]"]
+    assert [(cut.name, cut.kept < cut.units) for cut in report.families] == [("c.weight[0]", True)]
+    assert report.max_error is not None
+    assert report.max_error < 1e-4
+    assert report.model.get_parameter("b.weight").shape == (12, 12)
+    with torch.no_grad():
+        rows = list(report.surgery.kept()["c.weight", 0])
+        hidden = model.c(2 * model.b(model.a(MOODY_INPUTS).relu()).relu())[:, rows].relu()
+        expected = functional.linear(hidden, model.d.weight[:, rows], model.d.bias)
+        torch.testing.assert_close(report.model(MOODY_INPUTS), expected)
+
+
+def test_what_is_refitted_is_refitted_for_the_units_that_go_in_the_end() -> None:
+    model, settings = moody(), {"compensate": True, "data": [MOODY_INPUTS]}
+    report = structured(model, MOODY_INPUTS, **settings)
+    assert [cut.name for cut in report.families] == ["a.weight[0]", "c.weight[0]"]  # refitted, `a` agrees
+    assert report.notes == ["2 weights refitted by least squares"]
+    alone = structured(model, MOODY_INPUTS, exclude=("b.*",), **settings)
+    assert report.surgery == alone.surgery
+    with torch.no_grad():
+        assert torch.equal(report.model(MOODY_INPUTS), alone.model(MOODY_INPUTS))
+
+
+@pytest.mark.parametrize("settings", [{"exclude": ("c.*",)}, {"allocation": {"b.*": 0.5, "a.*": 0.5}}])
+def test_if_only_what_disagrees_was_asked_for_nothing_is_pruned(
+    settings: dict[str, Any], noticed: Callable[[nn.Module], str]
+) -> None:
+    model = moody()
+    before = noticed(model)
+    with pytest.raises(CoverageError, match=r"b\.weight\[0\]: verification on the model's own weights: outputs differ"):
+        structured(model, MOODY_INPUTS, inplace=True, **settings)
+    assert noticed(model) == before
+
+
+def test_a_later_round_that_finds_nothing_ends_the_rounds() -> None:
+    model = moody()
+    with torch.no_grad():
+        model.b.weight.mul_(0.65)  # the first round does not get it over the threshold, the second does
+    report = structured(model, MOODY_INPUTS, rounds=2, amount=0.5, exclude=("a.*", "c.*"))
+    assert [(cut.units, 0 < cut.kept < 12) for cut in report.families] == [(12, True)]
+    assert any(note.startswith("round 2 of 2 found nothing more to remove: ") for note in report.notes)
+
+
+def test_units_are_chosen_without_cutting(noticed: Callable[[nn.Module], str]) -> None:
+    model = net().train()
+    before = noticed(model)
+    chosen = choose_units(model, IMAGES, amount=0.5, exclude=("5.*",), rounds=3, compensate=True)
+    assert noticed(model) == before
+    report = structured(model, IMAGES, amount=0.5, exclude=("5.*",))
+    kept = report.surgery.kept()
+    assert chosen.families == tuple(cut.name for cut in report.families) == tuple(chosen.units)
+    for name, units in chosen.units.items():
+        place = next(iter(chosen.coupling[name].members))
+        assert sorted({*units.tolist(), *kept[place.parameter, place.dim]}) == list(range(chosen.coupling[name].size))
+    assert ("5.weight[0]", "excluded") in chosen.frozen
+    with pytest.raises(ConfigError, match="pass data="):
+        choose_units(model, IMAGES, criterion="taylor")

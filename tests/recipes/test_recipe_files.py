@@ -7,7 +7,15 @@ import pytest
 from tersor.core.recipe import Recipe
 from tersor.distill import Recover
 from tersor.errors import ConfigError, OrderError
-from tersor.prune import Gradual, LotteryTicket, Structured, Unstructured
+from tersor.prune import (
+    DepthStep,
+    ExpertsStep,
+    Gradual,
+    LotteryTicket,
+    SparseLearning,
+    Structured,
+    Unstructured,
+)
 from tersor.quantize import Static
 from tersor.recipes import dump_recipe, load_recipe, parse_recipe, preset_names, preset_text, resolve, step_types
 from tersor.train import Schedule
@@ -58,8 +66,11 @@ def test_every_setting_survives_the_way_through_yaml() -> None:
 
 def test_every_known_step_has_its_name() -> None:
     assert step_types() == {
+        "prune.depth": DepthStep,
+        "prune.experts": ExpertsStep,
         "prune.gradual": Gradual,
         "prune.lottery_ticket": LotteryTicket,
+        "prune.sparse_learning": SparseLearning,
         "prune.structured": Structured,
         "prune.unstructured": Unstructured,
         "quantize.static": Static,
@@ -86,7 +97,7 @@ def test_a_step_without_settings_may_be_only_its_name() -> None:
         ("steps: {", "not valid YAML: .*line 1"),
         ("steps:\n  - recover\n - static", "not valid YAML: .*line"),
         ("steps: [!!python/object/apply:os.system ['true']]", "not valid YAML"),
-        ("steps: [recover, prun]", r"step 2: expected a step of \['prune.gradual', .*got 'prun'"),
+        ("steps: [recover, prun]", r"step 2: expected a step of \['prune.depth', .*got 'prun'"),
         ("steps: [5]", "step 1: expected one 'name: settings', got 5"),
         ("steps: [{recover: {}, quantize.static: {}}]", "step 1: expected one 'name: settings'"),
         ("steps: [{recover: 3}]", r"step 1 \(recover\): settings must be a mapping .*got 3"),

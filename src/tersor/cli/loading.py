@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from torch import nn
 
+from tersor.core.candidate import Candidate
 from tersor.core.task import Task
 from tersor.core.weights import fill
 from tersor.errors import ConfigError
+from tersor.prune import read_pruned
+
+Weights = Annotated[
+    Path | None,
+    typer.Option(help=".safetensors, a .pt that holds only tensors, or what tersor prune --out wrote."),
+]
 
 
 def load_object(reference: str, option: str) -> Any:
@@ -34,13 +43,19 @@ def load_object(reference: str, option: str) -> Any:
     return getattr(module, name)
 
 
-def load_model(reference: str, weights: Path | None) -> nn.Module:
-    """Builds the model, or takes it as it is, and fills in the weights."""
+def load_candidate(reference: str, weights: Path | None) -> Candidate:
+    """Builds the model, or takes it as it is, and fills in the weights; a directory is one of `tersor prune --out`."""
     found = load_object(reference, "--model")
-    model = found if isinstance(found, nn.Module) else found()
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"--model: {reference} must give a torch.nn.Module, got {type(model).__name__}")
-    return fill(model, weights) if weights is not None else model.eval()
+
+    def build() -> nn.Module:
+        model = found if isinstance(found, nn.Module) else found()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"--model: {reference} must give a torch.nn.Module, got {type(model).__name__}")
+        return model
+
+    if weights is not None and weights.is_dir():
+        return read_pruned(weights, lambda: copy.deepcopy(build()))  # it is cut in place
+    return Candidate(build().eval() if weights is None else fill(build(), weights))
 
 
 def load_task(reference: str) -> Task:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tersor.cli.demo import run_demo
-from tersor.cli.loading import load_model, load_task
+from tersor.cli.loading import Weights, load_candidate, load_task
 from tersor.cli.prune import prune_command
 from tersor.cli.recipes import recipes_app
 from tersor.core.artifact import verify
@@ -72,7 +72,7 @@ def compress_command(
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the module.")],
     task: Annotated[str, typer.Option(help="package.module:task, a tersor.Task or a function that returns one.")],
     out: Annotated[Path, typer.Option(help="Run directory; the artifact is OUT/artifact.")],
-    weights: Annotated[Path | None, typer.Option(help=".safetensors, or a .pt that holds only tensors.")] = None,
+    weights: Weights = None,
     max_drop: Annotated[float | None, typer.Option(help="Acceptable drop, 0.01 = one point.")] = 0.01,
     confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95,
     target: Annotated[str, typer.Option(help="eager, inductor, onnxruntime or openvino.")] = "onnxruntime",
@@ -89,8 +89,8 @@ def compress_command(
     place = Target(target, threads=threads, batch=batch)
     start: Callable[..., Plan | Result] = make_plan if dry_run else partial(compress, out=out)
     with redirect_stdout(sys.stderr):  # whatever the model and its data print is no result
-        module, data = load_model(model, weights), load_task(task)
-        found = start(module, data, budget=budget, target=place, recipe=recipe, seed=seed)
+        candidate, data = load_candidate(model, weights), load_task(task)
+        found = start(candidate, data, budget=budget, target=place, recipe=recipe, seed=seed)
     if isinstance(found, Plan):
         typer.echo(json.dumps({**found.as_data(), "out": str(out)}, indent=2, default=str))
     else:

@@ -16,24 +16,20 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from safetensors.torch import save
 from torch import nn
 
-from tersor.cli.loading import load_model, load_task
-from tersor.core.artifact import SURGERY, dump_surgeries
-from tersor.core.candidate import frozen_copy
+from tersor.cli.loading import Weights, load_candidate, load_task
+from tersor.core.candidate import Candidate, frozen_copy
 from tersor.core.context import Context
-from tersor.core.files import whole_directory
 from tersor.core.report import FrozenPart
 from tersor.core.target import Target
 from tersor.core.task import Task
 from tersor.errors import ConfigError, CoverageError, OutputDirectoryError
 from tersor.graph import Coupling, couple
-from tersor.prune import Structured
-from tersor.prune.steps import Pruned, coverage, examples, summary
+from tersor.prune import Structured, write_pruned
+from tersor.prune.steps import Pruned, coverage, examples, summary, touched
 from tersor.report.units import one_line
 
-WEIGHTS = "weights.safetensors"
 NAMES_SHOWN = 3
 
 
@@ -43,7 +39,7 @@ def prune_command(
     out: Annotated[
         Path | None, typer.Option(help="New directory for weights and surgery; else nothing is kept.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help=".safetensors, or a .pt that holds only tensors.")] = None,
+    weights: Weights = None,
     amount: Annotated[float | None, typer.Option(help="Share of the units that goes; 0.5 without a target.")] = None,
     target: Annotated[str | None, typer.Option(help="Instead: macs=0.7, parameters=0.5 or bytes=1e6.")] = None,
     criterion: Annotated[str, typer.Option(help="The lowest scores go.")] = "l2",
@@ -72,11 +68,11 @@ def prune_command(
     if out is not None and out.exists():
         raise OutputDirectoryError(f"{out} already exists; choose another directory or remove it")
     with redirect_stdout(sys.stderr):  # whatever the model and its data print is no result
-        module, data = load_model(model, weights), load_task(task)
+        candidate, data = load_candidate(model, weights), load_task(task)
         if dry_run:
-            found: _Coupled | _Done = _Coupled(module, data, step)
+            found: _Coupled | _Done = _Coupled(candidate.module, data, step)
         else:
-            found = _Done(module, data, step)
+            found = _Done(candidate, data, step)
             found.write(out)
     if as_json:
         typer.echo(json.dumps(found.as_data(), indent=2))
@@ -104,7 +100,7 @@ class _Coupled:
         self.families = [family for family in self.coupling.families if not reasons[family.name]]
         self.frozen = [FrozenPart(name=item.name, reason=item.reason) for item in self.coupling.frozen]
         self.frozen += [FrozenPart(name=name, reason=reason) for name, reason in reasons.items() if reason]
-        self.coverage = coverage(self.coupling, {family.name for family in self.families}, sizes)
+        self.coverage = coverage(touched(self.families), sizes)
         self.parameters = sum(sizes.values())
         if not self.families:
             raise CoverageError(
@@ -134,19 +130,16 @@ class _Coupled:
 class _Done:
     """What went."""
 
-    def __init__(self, module: nn.Module, task: Task, step: Structured) -> None:
-        self.module = frozen_copy(module)  # `--model` may name a module that the caller's code keeps
-        self.done: Pruned = step.prune(self.module, Context(task, Target("eager"), module))
+    def __init__(self, start: Candidate, task: Task, step: Structured) -> None:
+        module = frozen_copy(start.module)
+        self.done: Pruned = step.prune(module, Context(task, Target("eager"), start.module))
+        self.candidate = start.after(self.done.report.surgery, module)
 
     def write(self, out: Path | None) -> None:
-        """Weights and surgery, both or nothing; tied weights are written under each of their names."""
+        """Weights, and all surgeries since the model that was built."""
         if out is None:
             return
-        with whole_directory(out) as directory:
-            state = self.module.state_dict().items()
-            content = save({name: value.detach().contiguous().clone() for name, value in state})
-            (directory / WEIGHTS).write_bytes(content)
-            (directory / SURGERY).write_bytes(dump_surgeries([self.done.report.surgery]))
+        write_pruned(out, self.candidate.module, self.candidate.surgeries)
         typer.echo(f"pruned model: {out}", err=True)
 
     def as_data(self) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def parse_surgeries(content: bytes | str, where: str) -> tuple[Surgery, ...]:
     """
     try:
         data = json.loads(content)
+        if not isinstance(data, list):
+            raise TypeError(f"expected a list, got {type(data).__name__}")
         newest = max((int(item["version"]) for item in data), default=0)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise IntegrityError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,8 @@ from tersor.errors import NonFiniteError
 @dataclass(frozen=True)
 class Candidate:
     """A compressed model in the making. Steps return a new one; none changes the one it got.
+
+    `tersor.compress` starts from one if a model was pruned before: `Candidate(model, surgeries=(report.surgery,))`.
 
     Attributes:
         module: The float model, a copy of the caller's.
@@ -106,11 +109,11 @@ def _renamed(path: str, surgery: Surgery) -> str:
     """What a parameter is called once lists of modules were numbered anew; empty if it is gone."""
     for shrink in surgery.shrunk:
         start = f"{shrink.path}.".lstrip(".")
-        number, _, rest = path.removeprefix(start).partition(".")
-        if path.startswith(start) and number.isdecimal():
-            if int(number) not in shrink.kept:
+        found = re.match(rf"({re.escape(start)}[^.]*?)(\d+)(\..*)", path)
+        if found is not None:
+            if int(found[2]) not in shrink.kept:
                 return ""
-            path = f"{start}{shrink.kept.index(int(number))}.{rest}"
+            path = f"{found[1]}{shrink.kept.index(int(found[2]))}{found[3]}"
     return path
 
 

@@ -65,6 +65,8 @@ class SkippedBlock(Config):
 class Shrink(Config):
     """Keeps some modules of an `nn.ModuleList`; they are numbered anew.
 
+    An `nn.ModuleDict` whose keys are numbers, with or without a common start (`expert_0`), is such a list too.
+
     Attributes:
         path: Of the list.
         size: Its length before.

@@ -9,7 +9,7 @@ from tersor.graph.divergence import first_divergence
 from tersor.graph.fake_quantize import FakeQuantize
 from tersor.graph.fold import fold_batch_norm
 from tersor.graph.lower import lower
-from tersor.graph.surgery import apply_surgery, plan_surgery
+from tersor.graph.surgery import apply_surgery, plan_surgery, replay
 from tersor.graph.verify import Verdict, Verifier, compare
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "fold_batch_norm",
     "lower",
     "plan_surgery",
+    "replay",
 ]

@@ -8,9 +8,10 @@ something like its input. A chain of convolutions has no such way, a residual bl
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor.core.surgery import Shrink, SkippedBlock, Surgery
-from tersor.errors import SurgeryError
+from tersor.errors import ModelError, SurgeryError
 from tersor.graph.coupling.couple import Run, run_model
 from tersor.graph.coupling.family import Frozen
 
@@ -75,8 +76,16 @@ def skip_block(model: nn.Module, block: SkippedBlock) -> None:
 def shrink_list(model: nn.Module, shrink: Shrink) -> None:
     """Keeps some modules of a list, in place."""
     modules = model.get_submodule(shrink.path)
-    children = list(modules._modules.values())
-    modules._modules = {str(number): children[index] for number, index in enumerate(shrink.kept)}
+    names, children = list(modules._modules), list(modules._modules.values())
+    modules._modules = {names[number]: children[index] for number, index in enumerate(shrink.kept)}
+
+
+def numbered(module: nn.Module) -> bool:
+    """Whether a module is a list: an `nn.ModuleList`, or an `nn.ModuleDict` whose keys end in 0, 1, 2 and so on."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or not len(module):
+        return False
+    start = next(iter(module._modules)).removesuffix("0")
+    return list(module._modules) == [f"{start}{number}" for number in range(len(module))]
 
 
 def check_blocks(modules: Mapping[str, nn.Module], surgery: Surgery) -> None:
@@ -86,10 +95,11 @@ def check_blocks(modules: Mapping[str, nn.Module], surgery: Surgery) -> None:
             raise SurgeryError(f"block {block.path!r} must be there still, it has been skipped before")
     for shrink in surgery.shrunk:
         found = modules[shrink.path]
-        if not isinstance(found, nn.ModuleList) or len(found) != shrink.size:
-            size = f" of {len(found)}" if isinstance(found, nn.ModuleList) else ""
+        size = len(found) if isinstance(found, nn.ModuleList | nn.ModuleDict) and numbered(found) else None
+        if size != shrink.size:
             raise SurgeryError(
-                f"{shrink.path!r} must be an nn.ModuleList of {shrink.size} modules, it is {type(found).__name__}{size}"
+                f"{shrink.path!r} must be an nn.ModuleList of {shrink.size} modules, or an nn.ModuleDict with such "
+                f"numbers for keys, it is {type(found).__name__}{'' if size is None else f' of {size}'}"
             )
         kept = list(shrink.kept)
         if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= shrink.size:
@@ -131,7 +141,7 @@ def find_blocks(
     unknown = [path for path in paths or () if path not in modules or not path]
     if unknown:
         raise SurgeryError(f"blocks: the model has no modules {unknown}; it has {list(modules)[1:9]} …")
-    candidates = _composite(model) if paths is None else list(dict.fromkeys(paths))
+    candidates = _composite(model) if paths is None else [path for path in modules if path in paths]
     seen = {path: _Seen(probes=paths is None) for path in candidates}
     with ExitStack() as stack, torch.no_grad():
         for path in candidates:
@@ -140,10 +150,12 @@ def find_blocks(
             stack.callback(module.register_forward_hook(seen[path].after, with_kwargs=True).remove)
         for args, kwargs in runs:
             run_model(model, args, kwargs)
-    if paths is None:
-        residual = [path for path in candidates if seen[path].residual and not seen[path].reason]
-        candidates = _outermost(residual, modules, seen)
+        _offer_cache(model, runs[0])
     blocks, frozen = [], []
+    if paths is None:
+        residual = [path for path in candidates if seen[path].residual]
+        frozen += [Frozen(path, seen[path].reason) for path in residual if seen[path].reason]
+        candidates = _outermost([path for path in residual if not seen[path].reason], modules, seen)
     for path in candidates:
         reason = seen[path].reason or _cached(modules[path], seen[path])
         if reason:
@@ -151,6 +163,15 @@ def find_blocks(
         else:
             blocks.append(SkippedBlock(path=path, form=seen[path].form, sources=seen[path].sources))
     return blocks, frozen
+
+
+def _offer_cache(model: nn.Module, run: Run) -> None:
+    """Runs once more with `use_cache=True` where a model has that: who will generate may not have given it here."""
+    if "use_cache" not in inspect.signature(model.forward).parameters:
+        return
+    args, kwargs = run
+    with _Probe.alone(), suppress(ModelError):
+        run_model(model, args, {**kwargs, "use_cache": True})
 
 
 def _composite(model: nn.Module) -> list[str]:
@@ -175,9 +196,10 @@ class _Seen:
         self.given: Any = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cached = any(_is_cache(value) for value in (*args, *kwargs.values()))
+        self.cache |= cached
         if _Probe.busy or not self.probes or self.shape is not None:
             return
-        cached = any(_is_cache(value) for value in (*args, *kwargs.values()))
         if any(isinstance(value, Tensor) and value.is_floating_point() for value in (*args, *kwargs.values())):
             self.given = copy.deepcopy((args, kwargs)) if cached else (args, kwargs)
 
@@ -186,7 +208,6 @@ class _Seen:
             return
         saved, self.given = self.given, None
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        self.cache |= any(_is_cache(value) for _, value in given)
         first = output[0] if type(output) in (tuple, list) and output else output
         source = next((name for name, value in given if _alike(value, first)), None)
         if source is None:
@@ -214,6 +235,16 @@ class _Probe:
     busy = False
 
     @classmethod
+    @contextmanager
+    def alone(cls) -> Iterator[None]:
+        """Calls in the body are no calls of the example runs."""
+        cls.busy = True
+        try:
+            yield
+        finally:
+            cls.busy = False
+
+    @classmethod
     def residual(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], source: int | str) -> bool:
         """Whether it then answers with something like its input."""
         weak = {}
@@ -228,13 +259,11 @@ class _Probe:
             args = tuple(wanted if source == position else value for position, value in enumerate(args))
             kwargs = {name: wanted if source == name else value for name, value in kwargs.items()}
         wanted = wanted.double().flatten()
-        cls.busy = True
-        try:
-            answer = torch.func.functional_call(module, weak, args, kwargs)
-        except Exception:
-            return False
-        finally:
-            cls.busy = False
+        with cls.alone():
+            try:
+                answer = torch.func.functional_call(module, weak, args, kwargs)
+            except Exception:
+                return False
         found = (answer if isinstance(answer, Tensor) else answer[0]).double().flatten()
         if torch.allclose(found, wanted / 2, rtol=0.01):
             return False  # a gate, at sigmoid(0)

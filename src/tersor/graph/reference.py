@@ -25,9 +25,10 @@ from tersor.graph.coupling.trace import Rule, Trace, observed
 _STATISTICS = {f"aten.{name}" for name in _REDUCTIONS.split()}
 _NORMS = {"aten.native_layer_norm": 2, "aten._fused_rms_norm": 2}
 _PRODUCTS = {"aten.mm": 1, "aten.bmm": 1, "aten.addmm": 2, "aten.baddbmm": 2}
+_DISTANCES = {"aten._cdist_forward", "aten._euclidean_dist"}
 
 
-class _Masked(Trace):
+class Masked(Trace):
     """A trace that knows which classes are gone and computes statistics without them."""
 
     gone: np.ndarray[Any, np.dtype[np.bool_]]
@@ -38,14 +39,15 @@ class _Masked(Trace):
         """Indices that stay along a dimension; None if all do."""
         for block in self.blocks(tensor):
             if dim in support(block):
-                alive = self._alive(block)
+                alive = self.alive(block)
                 others = sorted(support(block) - {dim})
                 vector = alive.amax(others).flatten() if others else alive.flatten()
                 if len(vector) == tensor.shape[dim] and not bool(vector.all()):
                     return vector.nonzero().flatten()
         return None
 
-    def _alive(self, block: Tensor) -> Tensor:
+    def alive(self, block: Tensor) -> Tensor:
+        """Which entries of a block stay."""
         if bool((block < self.learned).all()):
             return torch.from_numpy(~self.gone[self.numbers[block.numpy()]])
         found = self.ledger.classes()  # labels of new tensors: what they have met so far decides
@@ -85,24 +87,26 @@ def masked_outputs(
     gone[classes] = True
     outputs = []
     for args, kwargs in runs:
-        trace = _Masked(Ledger(), {**RULES, **(rules or {})}, fallback)
+        trace = Masked(Ledger(), {**RULES, **(rules or {})}, fallback)
         trace.gone, trace.numbers = gone, coupling.classes
         trace.adopt(tensors)
-        trace.before = _statistic
+        trace.before = without_masked
         with prunable_attention(masked), observed(masked, trace):
             out = run_model(masked, args, kwargs)
         outputs.append(out)
     return outputs
 
 
-def _statistic(trace: Trace, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def without_masked(trace: Trace, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Computes an operator without what is gone; `NotImplemented` if nothing of it concerns the operator."""
-    if not isinstance(trace, _Masked):
+    if not isinstance(trace, Masked):
         raise TypeError("only a masked trace knows what is gone")
     if name in _PRODUCTS:
         return _product(trace, _PRODUCTS[name], func, args, kwargs)
     if name in _NORMS:
         return _norm(trace, func, args, kwargs)
+    if name in _DISTANCES:
+        return _distance(trace, func, args, kwargs)
     if name == "aten._weight_norm_interface":  # a direction that is masked has no length
         return tuple(part.nan_to_num(0.0) for part in func(*args, **kwargs))
     if name == "aten.native_group_norm":
@@ -112,7 +116,7 @@ def _statistic(trace: Trace, name: str, func: Any, args: tuple[Any, ...], kwargs
     return NotImplemented
 
 
-def _product(trace: _Masked, position: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _product(trace: Masked, position: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     left = args[position - 1]
     kept = trace.kept(left, left.ndim - 1)
     if kept is None:
@@ -121,7 +125,14 @@ def _product(trace: _Masked, position: int, func: Any, args: tuple[Any, ...], kw
     return func(*args[: position - 1], left * mask, *args[position:], **kwargs)
 
 
-def _norm(trace: _Masked, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _distance(trace: Masked, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    kept = trace.kept(args[0], args[0].ndim - 1)
+    if kept is None:
+        return NotImplemented
+    return func(*(part.index_select(-1, kept) for part in args[:2]), *args[2:], **kwargs)
+
+
+def _norm(trace: Masked, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     values, sizes = args[0], args[1]
     kept = trace.kept(values, values.ndim - 1) if len(sizes) == 1 else None
     if kept is None:
@@ -132,7 +143,7 @@ def _norm(trace: _Masked, func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
     return tuple(result)
 
 
-def _group_norm(trace: _Masked, func: Any, args: tuple[Any, ...]) -> Any:
+def _group_norm(trace: Masked, func: Any, args: tuple[Any, ...]) -> Any:
     image, weight, bias, batch, channels, pixels, groups, eps = args
     kept = trace.kept(image, 1)
     if kept is None:
@@ -145,7 +156,7 @@ def _group_norm(trace: _Masked, func: Any, args: tuple[Any, ...]) -> Any:
     return tuple(result)
 
 
-def _reduction(trace: _Masked, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _reduction(trace: Masked, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     values = args[0]
     place = 2 if name in ("aten.linalg_vector_norm", "aten.norm") else 1
     dims = args[place] if len(args) > place else kwargs.get("dim")

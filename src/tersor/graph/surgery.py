@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,10 +51,23 @@ def plan_surgery(model: nn.Module, coupling: Coupling, removed: Mapping[str, Ten
         cuts.append(Cut(parameter=place.parameter, dim=place.dim, size=len(keep), kept=kept))
     order = {name: position for position, name in enumerate(tensors)}
     cuts.sort(key=lambda cut: (order[cut.parameter], cut.dim))
-    values = {**coupling.attributes_without(classes), **_described(model, cuts)}
+    changes = attribute_changes(model, cuts, coupling.attributes_without(classes))
+    touched = {cut.parameter.rpartition(".")[0] for cut in cuts}
+    freed = tuple(
+        path
+        for path in attention_paths(model)
+        if any(parameter == path or parameter.startswith(f"{path}.") for parameter in touched)
+    )
+    return Surgery(freed=freed, cuts=tuple(cuts), changes=changes)
+
+
+def attribute_changes(
+    model: nn.Module, cuts: Iterable[Cut], values: Mapping[Attribute, int] = MappingProxyType({})
+) -> tuple[Change, ...]:
+    """What attributes become: those of `values`, and those that describe the layers that are cut."""
     holders = dict(owners(model))
     changes = []
-    for attribute, value in values.items():
+    for attribute, value in {**values, **_described(model, cuts)}.items():
         before = int(read_integer(holders[attribute.owner], attribute))
         if before != value:
             changes.append(
@@ -61,13 +75,7 @@ def plan_surgery(model: nn.Module, coupling: Coupling, removed: Mapping[str, Ten
                     owner=attribute.owner, name=attribute.name, position=attribute.position, before=before, after=value
                 )
             )
-    touched = {cut.parameter.rpartition(".")[0] for cut in cuts}
-    freed = tuple(
-        path
-        for path in attention_paths(model)
-        if any(parameter == path or parameter.startswith(f"{path}.") for parameter in touched)
-    )
-    return Surgery(freed=freed, cuts=tuple(cuts), changes=tuple(changes))
+    return tuple(changes)
 
 
 def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
@@ -99,6 +107,13 @@ def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
     holders = dict(owners(model))
     for change in surgery.changes:
         write_integer(holders[change.owner], Attribute(change.owner, change.name, change.position), change.after)
+    return model
+
+
+def replay(model: nn.Module, surgeries: Iterable[Surgery]) -> nn.Module:
+    """Applies surgeries to `model`, in place and in order; raises `SurgeryError` where one does not fit."""
+    for surgery in surgeries:
+        model = apply_surgery(model, surgery)
     return model
 
 
@@ -152,7 +167,11 @@ _DESCRIBED: dict[str, tuple[tuple[str, str, int], ...]] = {
     "GroupNorm": (("num_channels", "weight", 0),),
     "PReLU": (("num_parameters", "weight", 0),),
     "Conv1D": (("nx", "weight", 0), ("nf", "weight", 1)),
-    "RNNBase": (("input_size", "weight_ih_l0", 1), ("hidden_size", "weight_hh_l0", 1)),
+    "RNNBase": (
+        ("input_size", "weight_ih_l0", 1),
+        ("hidden_size", "weight_hh_l0", 1),
+        ("proj_size", "weight_hr_l0", 0),
+    ),
     "RNNCellBase": (("input_size", "weight_ih", 1), ("hidden_size", "weight_hh", 1)),
     "MultiheadAttention": (("embed_dim", "in_proj_weight", 1),),
 }
@@ -169,6 +188,9 @@ def _described(model: nn.Module, cuts: Iterable[Cut]) -> dict[Attribute, int]:
                 size = sizes.get((f"{path}.{parameter}".lstrip("."), dim))
                 if size is not None and isinstance(getattr(module, attribute, None), int):
                     values[Attribute(path, attribute)] = size
+        if isinstance(module, nn.RNNBase) and module.proj_size:  # then the states that come back are projections
+            hidden = sizes.get((f"{path}.weight_hr_l0".lstrip("."), 1), module.hidden_size)
+            values[Attribute(path, "hidden_size")] = hidden
         if isinstance(module, nn.modules.conv._ConvNd):
             values.update(_convolution(path, module, sizes))
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):

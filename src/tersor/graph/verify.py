@@ -8,7 +8,7 @@ the mask must have a visible effect.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,22 +109,39 @@ class Verifier:
                 worst = max(worst, verdict.error)
             else:
                 frozen.append(Frozen(name, f"verification: {verdict.reason}"))
-        kept, more, error = self._together([], sound)
+        kept, more, error = sound_together(sound, lambda tried: self.check(self.half(tried)))
         return kept, frozen + more, max(worst, error)
 
-    def _together(self, base: list[str], names: list[str]) -> tuple[list[str], list[Frozen], float]:
-        """The largest part of `names`, by halving, that is right together with `base`."""
-        if not names:
-            return [], [], 0.0
-        verdict = self.check(self.half([*base, *names]))
-        if verdict.ok:
-            return names, [], verdict.error
-        if len(names) == 1:
-            return [], [Frozen(names[0], f"verification, together with others: {verdict.reason}")], 0.0
-        middle = len(names) // 2
-        left, frozen, worst = self._together(base, names[:middle])
-        right, more, error = self._together([*base, *left], names[middle:])
-        return left + right, frozen + more, max(worst, error)
+
+def sound_together(
+    names: Sequence[str],
+    check: Callable[[Sequence[str]], Verdict],
+    *,
+    where: str = "verification, together with others",
+    base: Sequence[str] = (),
+) -> tuple[list[str], list[Frozen], float]:
+    """As many of `names` as are right together, found by halving: one check if all are.
+
+    Args:
+        names: Of families.
+        check: What pruning these families together comes to.
+        where: Begins the reason of what is frozen.
+        base: Families that are part of every check.
+
+    Returns:
+        Names of sound families, what was frozen with the reason, and the largest error of what passed.
+    """
+    if not names:
+        return [], [], 0.0
+    verdict = check([*base, *names])
+    if verdict.ok:
+        return list(names), [], verdict.error
+    if len(names) == 1:
+        return [], [Frozen(names[0], f"{where}: {verdict.reason}")], 0.0
+    middle = len(names) // 2
+    left, frozen, worst = sound_together(names[:middle], check, where=where, base=base)
+    right, more, error = sound_together(names[middle:], check, where=where, base=[*base, *left])
+    return left + right, frozen + more, max(worst, error)
 
 
 def compare(
@@ -162,8 +179,10 @@ def distance(left: Any, right: Any) -> float:
     for a, b in zip(first, second, strict=True):
         if a.shape != b.shape:
             return float("inf")
-        if not a.is_floating_point() or not a.numel():
+        if not (a.is_floating_point() or a.is_complex()) or not a.numel():
             continue
+        if a.is_complex():
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
         a, b = a.double(), b.double()
         both = torch.isfinite(a) & torch.isfinite(b)
         if bool((torch.isfinite(a) != torch.isfinite(b)).any()):

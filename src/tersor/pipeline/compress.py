@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -78,7 +78,7 @@ class Result:
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | Candidate,
     task: Task,
     *,
     out: str | Path,
@@ -100,7 +100,8 @@ def compress(
                                  target=tersor.Target("openvino", threads=2))
 
     Args:
-        model: A trained module.
+        model: A trained module; or, if it was pruned before, a `tersor.Candidate` with its surgeries and masks, so that
+            the artifact knows the way from the model that you can build.
         task: Data and metric.
         out: The run directory; the artifact is `out/artifact`, the certify ledger stands beside `out`.
         budget: What may be lost; by default one point at 95 %.
@@ -126,7 +127,7 @@ def compress(
 def run_recipe(plan: Plan, run: RunDirectory, progress: Progress) -> Candidate:
     """Applies the steps, taking finished ones from the run directory."""
     context = Context(plan.task, plan.target, plan.original, plan.seed, progress)
-    candidate = Candidate(copy.deepcopy(plan.original))
+    candidate = replace(plan.start, module=copy.deepcopy(plan.original))
     for position, step in enumerate(plan.recipe.steps, start=1):
         finished = run.load_stage(position, candidate)
         if finished is not None:

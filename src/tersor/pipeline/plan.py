@@ -6,16 +6,17 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tersor.core.artifact import dump_surgeries
 from tersor.core.batch import select_output
 from tersor.core.budget import Budget
-from tersor.core.candidate import check_finite_weights, frozen_copy
+from tersor.core.candidate import Candidate, check_finite_weights, frozen_copy
 from tersor.core.recipe import Recipe
 from tersor.core.signature import Signature, input_names, signature_of
 from tersor.core.split import Split
@@ -23,6 +24,7 @@ from tersor.core.target import Target
 from tersor.core.task import Task
 from tersor.errors import ConfigError, ModelError, NonFiniteError, SplitTooSmallError
 from tersor.measure import smallest_certifiable
+from tersor.prune.masks import check
 from tersor.recipes import resolve
 from tersor.runtimes import Runtime, get_runtime
 
@@ -36,7 +38,7 @@ class Plan:
     """A validated run.
 
     Attributes:
-        original: A frozen copy of the caller's model.
+        start: Where the recipe starts: a frozen copy of the caller's model, with what was done to it before.
         task: The data.
         budget: What may be lost.
         target: Where it will run.
@@ -46,7 +48,7 @@ class Plan:
         seed: Fixes every random choice.
     """
 
-    original: nn.Module
+    start: Candidate
     task: Task
     budget: Budget
     target: Target
@@ -55,10 +57,15 @@ class Plan:
     signature: Signature
     seed: int
 
+    @property
+    def original(self) -> nn.Module:
+        """The caller's model: teacher, reference, baseline."""
+        return self.start.module
+
     def fingerprint(self) -> dict[str, str]:
         """What makes this run this run; a run directory is resumed only by an equal one."""
         return {
-            "model": model_hash(self.original),
+            "model": start_hash(self.start),
             "task": _hash(self._task_data()),
             "recipe": _hash(self.recipe.as_data()),
             "target": _hash(self.target.model_dump(mode="json")),
@@ -94,7 +101,7 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module,
+    model: nn.Module | Candidate,
     task: Task,
     *,
     budget: Budget,
@@ -108,8 +115,11 @@ def make_plan(
         ConfigError, DataError, ModelError, RuntimeUnavailableError, UnsupportedError: saying what, where and
             what to do; nothing was written and nothing was changed.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    start = model if isinstance(model, Candidate) else Candidate(model)
+    if not isinstance(start.module, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got {type(start.module).__name__}")
+    if start.plan is not None:
+        raise ConfigError("model: expected a float model, got a quantized candidate; quantize as a step of the recipe")
     runtime = get_runtime(target.runtime)
     runtime.check_available()
     resolved = resolve(recipe, runtime.formats)
@@ -118,20 +128,31 @@ def make_plan(
         for role in sorted(step.needs):
             task.require(role, step.name)
     _check_budget(task, budget)
-    check_finite_weights(model)
+    check_finite_weights(start.module)
+    check(start.module, start.masks)
     try:
-        original = frozen_copy(model)
+        start = replace(start, module=frozen_copy(start.module))
     except (RuntimeError, TypeError) as error:
         raise ModelError(
             f"the model cannot be copied ({error}); remove hooks, graphs and open files from it"
         ) from error
-    return Plan(original, task, budget, target, resolved, runtime, _signature(original, task, target), seed)
+    return Plan(start, task, budget, target, resolved, runtime, _signature(start.module, task, target), seed)
 
 
 def model_hash(module: nn.Module) -> str:
     """Hash of a model's class and of every parameter and buffer."""
     digest = hashlib.sha256(type(module).__qualname__.encode())
     digest.update(tensors_hash(module.state_dict()).encode())
+    return digest.hexdigest()
+
+
+def start_hash(start: Candidate) -> str:
+    """Hash of a model, and of its masks and surgeries, if it has any."""
+    if not start.masks and not start.surgeries:
+        return model_hash(start.module)
+    digest = hashlib.sha256(model_hash(start.module).encode())
+    digest.update(tensors_hash(start.masks).encode())
+    digest.update(dump_surgeries(start.surgeries))
     return digest.hexdigest()
 
 

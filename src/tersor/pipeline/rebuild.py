@@ -1,23 +1,14 @@
-"""From a freshly built model back to a pruned one: replays surgeries that were kept as data."""
+"""From a freshly built model back to the pruned one of an artifact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from tersor.core.artifact import SURGERY, Manifest, parse_surgeries
-from tersor.core.surgery import Surgery
-from tersor.errors import ArtifactError, SurgeryError
-from tersor.graph import apply_surgery
-
-
-def replay(module: nn.Module, surgeries: Sequence[Surgery]) -> nn.Module:
-    """Applies surgeries to `module`, in place and in order; raises `SurgeryError` where one does not fit."""
-    for surgery in surgeries:
-        module = apply_surgery(module, surgery)
-    return module
+from tersor.prune.saved import replay_on
 
 
 def pruned_builder(build: Callable[[], nn.Module], directory: Path, manifest: Manifest) -> Callable[[], nn.Module]:
@@ -28,16 +19,6 @@ def pruned_builder(build: Callable[[], nn.Module], directory: Path, manifest: Ma
     """
     if SURGERY not in manifest.files:
         return build
-    surgeries = parse_surgeries((directory / SURGERY).read_bytes(), str(directory / SURGERY))
-
-    def built() -> nn.Module:
-        module = build()
-        try:
-            return replay(module, surgeries)
-        except SurgeryError as error:
-            raise ArtifactError(
-                f"the surgery in {directory / SURGERY} does not fit the {type(module).__name__} that model() "
-                f"returned: {error}. Build the model as it was before compression"
-            ) from error
-
-    return built
+    path = directory / SURGERY
+    surgeries = parse_surgeries(path.read_bytes(), str(path))
+    return lambda: replay_on(build(), surgeries, path)

@@ -17,8 +17,8 @@ from tersor.core.files import disk_errors, write_whole
 from tersor.core.report import StepRecord
 from tersor.core.surgery import Surgery
 from tersor.errors import IntegrityError, OutputDirectoryError
+from tersor.graph import replay
 from tersor.pipeline.plan import tensors_hash
-from tersor.pipeline.rebuild import replay
 
 RUN = "run.json"
 ARTIFACT = "artifact"

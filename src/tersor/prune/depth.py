@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from tersor.core.batch import Batch, as_batch
 from tersor.core.config import Config
 from tersor.core.surgery import SkippedBlock, Surgery
-from tersor.errors import ConfigError, CoverageError, ModelError, NonFiniteError, SurgeryError
+from tersor.errors import ConfigError, CoverageError, ModelError, SurgeryError
 from tersor.graph import Frozen, Verdict, apply_surgery
-from tersor.graph.blocks import argument, bypassed, find_blocks
+from tersor.graph.blocks import bypassed, find_blocks
 from tersor.graph.coupling import Run, runs_of
 from tersor.graph.coupling.couple import run_model
 from tersor.graph.verify import TOLERANCE, VISIBLE, distance, other_shapes, randomised
-from tersor.probe import multiply_accumulates
+from tersor.probe import multiply_accumulates, reestimate_batchnorm
+from tersor.prune.block_scores import dissimilarity, loss_increase
+from tersor.prune.choosing import Loss, evaluation, set_modes
 from tersor.prune.sparsity import batches_of
 
 DEFAULT_AMOUNT = 0.25
-Loss = Callable[[Any, Tensor | None], Tensor]
 
 
 class Depth(Config):
@@ -131,7 +131,7 @@ def depth(
         model: Stays as it is unless `inplace`.
         example_inputs: A tensor, a tuple of positional arguments, a dict of keywords, or a list of several of these.
         data: What `similarity` (by default: the example inputs) and `loss` are measured on: a split, one batch, or
-            a list of batches.
+            a list of batches. With data, BatchNorm statistics are re-estimated.
         loss: `(outputs, labels) -> scalar`, for the criterion `loss`.
         inplace: Changes `model` itself, once all checks have passed. Rebuild its optimizer.
         **settings: Fields of `Depth`: `amount` (0.25), `blocks`, `criterion` ("similarity"), `exclude`, `verify`,
@@ -149,13 +149,10 @@ def depth(
             "criterion 'loss' needs data=..., batches of examples, and loss=..., (outputs, labels) -> scalar"
         )
     batches = None if data is None else [as_batch(item, f"batch {n}") for n, item in enumerate(batches_of(data))]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return _Operation(model, runs_of(example_inputs), wanted, batches, loss).run(inplace)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation(model) as modes:
+        report = _Operation(model, runs_of(example_inputs), wanted, batches, loss).run(inplace)
+    set_modes(report.model, modes)
+    return report
 
 
 class _Operation:
@@ -189,7 +186,14 @@ class _Operation:
             self._prove(removed)
         self.seconds["verification"] = time.perf_counter() - started
         before, macs = _count(self.model), multiply_accumulates(self.model, *self.runs[0])
-        result = apply_surgery(self.model if inplace else copy.deepcopy(self.model), surgery)
+        result = apply_surgery(copy.deepcopy(self.model), surgery)
+        if self.batches is not None and removed:
+            count = reestimate_batchnorm(result, self.batches)
+            if count:
+                self.notes.append(f"statistics of {count} BatchNorm layers re-estimated")
+        if inplace:
+            state, result = result.state_dict(), apply_surgery(self.model, surgery)
+            result.load_state_dict(state)
         gone = {block.path for block in removed} | {item.name for item in self.frozen}
         return DepthReport(
             model=result,
@@ -319,77 +323,6 @@ def compare_skipped(
 def _outputs(model: nn.Module, blocks: Sequence[SkippedBlock], runs: Sequence[Run]) -> list[Any]:
     with bypassed(model, blocks), torch.no_grad():
         return [run_model(model, *copy.deepcopy(run)) for run in runs]
-
-
-def dissimilarity(model: nn.Module, blocks: Sequence[SkippedBlock], runs: Sequence[Run]) -> dict[str, float]:
-    """Block -> `1 - mean cos(input, output)`: over tokens `[B, C]` and `[B, T, C]`, over whole examples otherwise.
-
-    Men et al. 2024, https://arxiv.org/abs/2403.03853. Padding counts like any token.
-
-    Raises:
-        NonFiniteError: if a block's input or output holds NaN or Inf.
-    """
-    sums = {block.path: [0.0, 0.0] for block in blocks}
-    handles = []
-    for block in blocks:
-        note = _Likeness(block, sums[block.path])
-        module = model.get_submodule(block.path)
-        handles.append(module.register_forward_pre_hook(note.before, with_kwargs=True))
-        handles.append(module.register_forward_hook(note.after, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            for args, kwargs in runs:
-                run_model(model, *copy.deepcopy((args, kwargs)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    scores = {path: 1 - total / max(1.0, count) for path, (total, count) in sums.items()}
-    return _finite(scores)
-
-
-class _Likeness:
-    def __init__(self, block: SkippedBlock, sums: list[float]) -> None:
-        self.block, self.sums = block, sums
-        self.inputs: list[Tensor] = []
-
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs.append(argument(self.block.sources[0], args, kwargs).clone())
-
-    def after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        old, new = self.inputs.pop().double(), (output if isinstance(output, Tensor) else output[0]).double()
-        if old.ndim > 3:
-            old, new = old.flatten(1), new.flatten(1)
-        cosines = functional.cosine_similarity(old, new, dim=-1)
-        self.sums[0] += float(cosines.sum())
-        self.sums[1] += cosines.numel()
-
-
-def loss_increase(
-    model: nn.Module, blocks: Sequence[SkippedBlock], batches: Sequence[Batch], loss: Loss
-) -> dict[str, float]:
-    """Block -> mean loss with this block alone bypassed, less the mean loss of the model.
-
-    Raises:
-        NonFiniteError: if a loss is NaN or Inf.
-    """
-
-    def mean(skipped: Sequence[SkippedBlock]) -> float:
-        total, examples = 0.0, 0
-        with bypassed(model, skipped), torch.no_grad():
-            for batch in batches:
-                total += float(loss(batch.call(model), batch.labels)) * len(batch)
-                examples += len(batch)
-        return total / max(1, examples)
-
-    whole = mean([])
-    return _finite({block.path: mean([block]) - whole for block in blocks})
-
-
-def _finite(scores: dict[str, float]) -> dict[str, float]:
-    bad = [path for path, score in scores.items() if score != score or score in (float("inf"), float("-inf"))]
-    if bad:
-        raise NonFiniteError(f"the scores of blocks {bad} are NaN or Inf; check the model's weights and the data")
-    return scores
 
 
 def _count(model: nn.Module) -> int:

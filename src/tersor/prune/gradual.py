@@ -160,12 +160,23 @@ def task_loss(context: Context, who: str) -> Callable[[nn.Module, Batch], Tensor
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         if batch.labels is None:
             raise DataError(
-                f"{who} trains with the task's loss, but the 'train' split has no labels; add them, or prune in rounds "
-                "of prune.unstructured and recover, which learns from the original model"
+                f"{who} trains with the task's loss, but the 'train' split has no labels; add them, or leave it out: "
+                "prune step by step, with recover in between, which learns from the original model"
             )
         return context.task.loss(select_output(batch.call(module), context.task.output), batch.labels)
 
     return loss
+
+
+def training_of(context: Context, who: str, schedule: Schedule) -> Training:
+    """Training on the task's train split with the task's loss, as steps do it."""
+    return Training(
+        context.task.require("train", who),
+        task_loss(context, who),
+        schedule,
+        context.seed,
+        lambda done, total: context.progress(who, done, total),
+    )
 
 
 class WhileTraining(Step):
@@ -202,16 +213,6 @@ class WhileTraining(Step):
         """The train split; the calibrate split as well, where something is measured."""
         return frozenset({"train", "calibrate"}) if self.settings().needs else frozenset({"train"})
 
-    def training(self, context: Context) -> Training:
-        """On the train split, with the task's loss."""
-        return Training(
-            context.task.require("train", self.name),
-            task_loss(context, self.name),
-            self.schedule,
-            context.seed,
-            lambda done, total: context.progress(self.name, done, total),
-        )
-
     def measure(self, context: Context) -> Measure | None:
         """What is measured before every update of the masks."""
         settings = self.settings()
@@ -240,7 +241,7 @@ class Gradual(WhileTraining):
         fresh = candidate.for_weights()
         grown = gradual(
             fresh.module,
-            self.training(context),
+            training_of(context, self.name, self.schedule),
             self.settings(),
             over=self.over,
             masks=fresh.masks,

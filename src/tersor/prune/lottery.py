@@ -19,7 +19,7 @@ from tersor.core.candidate import Candidate, apply_masks
 from tersor.core.config import Config
 from tersor.core.context import Context
 from tersor.errors import ConfigError
-from tersor.prune.gradual import Grown, Measure, Training, WhileTraining, growing
+from tersor.prune.gradual import Grown, Measure, Training, WhileTraining, growing, training_of
 from tersor.prune.masks import check
 from tersor.prune.schedule import Spacing, iterative
 from tersor.prune.sparsity import Sparsity
@@ -117,7 +117,7 @@ class LotteryTicket(WhileTraining):
         fresh = candidate.for_weights()
         grown = lottery_ticket(
             fresh.module,
-            self.training(context),
+            training_of(context, self.name, self.schedule),
             self.settings(),
             rounds=self.repeat,
             masks=fresh.masks,

@@ -36,12 +36,14 @@ def loss_of(task: Task) -> Callable[[Any, Tensor | None], Tensor]:
     return loss
 
 
-def check_labels(batches: Collection[Batch], needs: Collection[Need], who: str, criterion: str) -> None:
+def check_labels(
+    batches: Collection[Batch], needs: Collection[Need], who: str, criterion: str, *, instead: str = "wanda"
+) -> None:
     """Raises `DataError` if something is taken from a loss and there are no labels to take it from."""
     if FROM_LOSS & set(needs) and any(batch.labels is None for batch in batches):
         raise DataError(
             f"{who} with criterion {criterion!r} needs labels in the 'calibrate' split; add them, or choose "
-            "a criterion without a loss, e.g. 'wanda'"
+            f"a criterion without a loss, e.g. {instead!r}"
         )
 
 

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tersor.core.batch import Batch
+from tersor.core.candidate import apply_masks
 from tersor.core.config import Config
 from tersor.errors import ConfigError
 from tersor.graph import Coupling, Family
@@ -123,6 +124,7 @@ def sparse_learning(
     settings: Penalty,
     *,
     chosen: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Learned:
     """Trains a copy of `model` with a penalty on its units.
 
@@ -131,8 +133,9 @@ def sparse_learning(
         coupling: From `tersor.graph.couple`.
         training: Data, loss, schedule; the penalty is added to its loss.
         settings: Which penalty, how strong.
-        chosen: Family name -> numbers of the units that will go, e.g. the lowest by a criterion; all units where
-            left out, which `growing` does not allow: it would push everything to zero.
+        chosen: Family name -> numbers of the units that will go, e.g. from `choose_units`; all units where left out,
+            which `growing` does not allow: it would push everything to zero.
+        masks: Entries that are gone already; they stay so.
 
     Raises:
         ConfigError: if `growing` is asked for without `chosen`, or a family does not exist.
@@ -154,6 +157,7 @@ def sparse_learning(
     def after_step() -> None:
         nonlocal steps
         steps += 1
+        apply_masks(copied, masks or {})
 
     trace = replace(training, loss=loss).run(copied, after_step)
     return Learned(copied, before, _norms(copied, coupling), trace)

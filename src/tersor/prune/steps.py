@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import nn
 
 from tersor.core.batch import Batch
@@ -15,8 +17,10 @@ from tersor.core.context import Context
 from tersor.core.report import FrozenPart, PrunedFamily, Pruning
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role, Task
-from tersor.graph import Coupling
+from tersor.graph import Family
 from tersor.probe import multiply_accumulates, reestimate_batchnorm
+from tersor.prune.depth import DepthReport
+from tersor.prune.experts import ExpertReport
 from tersor.prune.measured import calibration_batches, check_labels, loss_of
 from tersor.prune.structure import Structure
 from tersor.prune.structured import PruneReport, structured
@@ -29,7 +33,7 @@ REASONS_SHOWN = 3
 class Pruned:
     """A pruned module: the report of the function, and what of it goes into the run's report."""
 
-    report: PruneReport
+    report: PruneReport | DepthReport | ExpertReport
     pruning: Pruning
 
     def notes(self) -> list[str]:
@@ -37,63 +41,32 @@ class Pruned:
         return [*summary(self.pruning), *self.report.notes]
 
 
-class Structured(Step, Structure):
-    """Removes whole channels, heads, neurons and hidden units, and proves that nothing broke.
+class Cutting(Step):
+    """What steps that cut something out have in common.
 
-    Settings as in `Structure`. Criteria and compensation that are measured look at `samples` examples of the
-    calibrate split; BatchNorm statistics are re-estimated on them where the task has that split.
+    They look at `samples` examples of the calibrate split if they measure something, and re-estimate BatchNorm
+    statistics on them wherever the task has that split.
     """
 
-    name: ClassVar[str] = "prune.structured"
     kind: ClassVar[Kind] = "prune"
 
     samples: int = Field(default=128, ge=1)
     batch_size: int = Field(default=32, ge=1)
 
-    @field_validator("kinds", "exclude", mode="before")
-    @classmethod
-    def _listed(cls, given: Any) -> Any:
-        return tuple(given) if isinstance(given, list) else given  # YAML has no tuples
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """The calibrate split, where something is measured."""
-        return frozenset({"calibrate"}) if self.needs_evidence else frozenset()
-
-    def settings(self) -> Structure:
-        """As what the function takes."""
-        return Structure(**{name: getattr(self, name) for name in Structure.model_fields})
-
+    @abstractmethod
     def prune(self, module: nn.Module, context: Context) -> Pruned:
         """Prunes `module` in place, on the examples of the context's task.
 
         Raises:
             CoverageError: if nothing can be pruned.
-            DataError: if there is no calibrate split, or no labels in it, and the criterion needs them.
+            DataError: if there is no calibrate split, or no labels in it, and something that is measured needs them.
         """
-        batches = self.batches(context)
-        check_labels(batches or (), self.needs_evidence, self.name, self.criterion)
-        before, sizes = _macs(module, context), {path: p.numel() for path, p in module.named_parameters()}
-        layers = _layers(module)
-        report = structured(
-            module,
-            examples(context.task),
-            data=batches,
-            loss=loss_of(context.task),
-            inplace=True,
-            **_for_batch(self.settings(), EXAMPLE_BATCHES[0]),
-        )
-        report = replace(report, macs_before=before, macs_after=_macs(module, context))
-        return Pruned(report, pruning_of(report, sizes, layers))
 
     def batches(self, context: Context) -> list[Batch] | None:
         """What is measured on, and BatchNorm statistics are averaged over; None without a calibrate split."""
         if not self.needs and context.task.get("calibrate") is None:
             return None
-        batches = calibration_batches(context, self.name, samples=self.samples, batch_size=self.batch_size)
-        if len(batches) > 1 and len(batches[-1]) == 1 < self.batch_size:
-            batches.pop()  # a BatchNorm has no variance of a single example
-        return batches
+        return calibration_batches(context, self.name, samples=self.samples, batch_size=self.batch_size)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Prunes a copy; masks shrink along with their parameters."""
@@ -101,11 +74,65 @@ class Structured(Step, Structure):
         fresh = candidate.for_weights()
         done = self.prune(fresh.module, context)
         cut = fresh.after(done.report.surgery, fresh.module)
-        if cut.masks and self.compensate:  # least squares knows nothing of masks
-            apply_masks(cut.module, cut.masks)
-            reestimate_batchnorm(cut.module, self.batches(context) or ())
+        self.hold_masks(cut, context)
         seconds = time.perf_counter() - started
         return cut.record(self.name, self.model_dump(mode="json"), seconds, done.notes(), done.pruning)
+
+    def hold_masks(self, cut: Candidate, context: Context) -> None:
+        """Where pruning changes what stays, masked weights are zero again; nothing does by default."""
+
+
+class Structured(Cutting, Structure):
+    """Removes whole channels, heads, neurons and hidden units, and proves that nothing broke; settings: `Structure`."""
+
+    name: ClassVar[str] = "prune.structured"
+
+    @property
+    def needs(self) -> frozenset[Role]:
+        """The calibrate split, where something is measured."""
+        return frozenset({"calibrate"}) if self.needs_evidence else frozenset()
+
+    def prune(self, module: nn.Module, context: Context) -> Pruned:
+        """As `Cutting.prune`."""
+        batches = self.batches(context)
+        check_labels(batches or (), self.needs_evidence, self.name, self.criterion)
+        whole = Whole.of(module, context)
+        report = structured(
+            module,
+            examples(context.task),
+            data=batches,
+            loss=loss_of(context.task),
+            inplace=True,
+            **for_examples(self),
+        )
+        return Pruned(report, pruning_of(report, whole, macs_of(module, context)))
+
+    def hold_masks(self, cut: Candidate, context: Context) -> None:
+        """Least squares knows nothing of masks."""
+        if cut.masks and self.compensate:
+            apply_masks(cut.module, cut.masks)
+            reestimate_batchnorm(cut.module, self.batches(context) or ())
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a report tells of a module before anything was cut out.
+
+    Attributes:
+        macs: Multiply-accumulates at batch 1.
+        sizes: Parameter path -> number of entries.
+        layers: Modules with parameters of their own, in the model's order.
+    """
+
+    macs: int
+    sizes: Mapping[str, int]
+    layers: list[str]
+
+    @classmethod
+    def of(cls, module: nn.Module, context: Context) -> Whole:
+        """Looks at a module."""
+        sizes = {path: parameter.numel() for path, parameter in module.named_parameters()}
+        return cls(macs_of(module, context), sizes, list(dict.fromkeys(_owner(path) for path in sizes)))
 
 
 def examples(task: Task) -> list[Any]:
@@ -114,55 +141,64 @@ def examples(task: Task) -> list[Any]:
     return [batch.kwargs or batch.args for batch in batches]
 
 
-def pruning_of(report: PruneReport, sizes: dict[str, int], layers: list[str]) -> Pruning:
+def pruning_of(report: PruneReport, whole: Whole, macs_after: int) -> Pruning:
     """What the run's report keeps of a pruning.
 
     Args:
         report: What was done.
-        sizes: Parameter path -> number of entries, before.
-        layers: Modules with parameters, in the model's order.
+        whole: The module before.
+        macs_after: At batch 1.
     """
     cuts = {cut.name: cut for cut in report.families}
+    families = [family for family in report.coupling.families if family.name in cuts]
     return Pruning(
         parameters_before=report.params_before,
         parameters_after=report.params_after,
-        macs_before=report.macs_before,
-        macs_after=report.macs_after,
+        macs_before=whole.macs,
+        macs_after=macs_after,
         amount=report.amount,
-        coverage=coverage(report.coupling, set(cuts), sizes),
+        coverage=coverage(touched(families), whole.sizes),
         families=[
             PrunedFamily(
                 name=family.name,
                 kind=family.kind,
                 units=family.size,
                 kept=cuts[family.name].kept,
-                layers=list(dict.fromkeys(_owner(place.parameter) for place in family.members)),
+                layers=list(dict.fromkeys(_owner(path) for path in touched([family]))),
             )
-            for family in report.coupling.families
-            if family.name in cuts
+            for family in families
         ],
         frozen=[FrozenPart(name=item.name, reason=item.reason) for item in report.frozen],
         unused=list(report.unused),
         max_error=report.max_error,
-        layers=layers,
+        layers=whole.layers,
     )
 
 
-def coverage(coupling: Coupling, families: set[str], sizes: dict[str, int]) -> float:
-    """Share of a model's parameters that some of these families touch."""
-    touched = {place.parameter for family in coupling.families if family.name in families for place in family.members}
-    return sum(sizes.get(path, 0) for path in touched) / max(1, sum(sizes.values()))
+def touched(families: Iterable[Family]) -> list[str]:
+    """Paths of the parameters and buffers that some unit of these families owns a part of."""
+    return list(dict.fromkeys(place.parameter for family in families for place in family.members))
+
+
+def coverage(parameters: Iterable[str], sizes: Mapping[str, int]) -> float:
+    """Share that these parameters have of all; `sizes` holds the number of entries of each."""
+    return sum(sizes.get(path, 0) for path in set(parameters)) / max(1, sum(sizes.values()))
 
 
 def summary(pruning: Pruning) -> list[str]:
     """What was done, in a few lines."""
+    gone = [family.name for family in pruning.families if family.kind == "block" and not family.kept]
+    what = (
+        f"{len(gone)} of {len(pruning.families)} blocks removed ({', '.join(gone)}); blocks hold"
+        if gone
+        else f"{pruning.amount:.1%} of the units of {len(pruning.families)} families removed; families touch"
+    )
     lines = [
         f"parameters {pruning.parameters_before:,} -> {pruning.parameters_after:,} "
         f"({1 - pruning.parameters_after / max(1, pruning.parameters_before):.1%} removed), "
         f"MACs {pruning.macs_before:,} -> {pruning.macs_after:,} "
         f"({1 - pruning.macs_after / max(1, pruning.macs_before):.1%} removed)",
-        f"{pruning.amount:.1%} of the units of {len(pruning.families)} families removed; "
-        f"families touch {pruning.coverage:.1%} of the parameters",
+        f"{what} {pruning.coverage:.1%} of the parameters",
         "not verified against the masked model"
         if pruning.max_error is None
         else f"verified against the masked model: largest relative error {pruning.max_error:.1e}",
@@ -176,21 +212,18 @@ def summary(pruning: Pruning) -> list[str]:
     return lines
 
 
-def _for_batch(settings: Structure, size: int) -> dict[str, Any]:
-    """The settings for `size` examples at once: a number of MACs is meant per example."""
+def for_examples(settings: Structure) -> dict[str, Any]:
+    """The settings as `structured` takes them along with `examples`: a number of MACs is meant per example."""
     fields = {name: getattr(settings, name) for name in Structure.model_fields}
     if settings.target is not None and settings.target.get("macs", 0) > 1:
-        fields["target"] = {"macs": settings.target["macs"] * size}
+        fields["target"] = {"macs": settings.target["macs"] * EXAMPLE_BATCHES[0]}
     return fields
 
 
-def _macs(module: nn.Module, context: Context) -> int:
+def macs_of(module: nn.Module, context: Context) -> int:
+    """Multiply-accumulates at batch 1."""
     batch = context.task.example(1)
     return multiply_accumulates(module, batch.args, batch.kwargs)
-
-
-def _layers(module: nn.Module) -> list[str]:
-    return list(dict.fromkeys(_owner(path) for path, _ in module.named_parameters()))
 
 
 def _owner(parameter: str) -> str:

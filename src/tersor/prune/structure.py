@@ -42,7 +42,8 @@ class Structure(Config):
         threshold: All units that score less go; choose `normalise="none"` to compare raw scores.
         criterion: A name from `prune.criteria`; the lowest scores go.
         reduction: How a unit's scores at several places become one.
-        normalise: What makes families comparable under `global`.
+        normalise: What makes families comparable under `global`; see `scoring`. `cost`: the score over what the unit
+            saves of the `target`, as in a knapsack (Shen et al. 2021, https://arxiv.org/abs/2110.10811).
         allocation: `uniform` takes the same share of every family, `global` ranks all units together, `erk` takes
             more of the large ones; or amounts by glob pattern of family names (the others lose nothing).
         floor: Share of every family that stays, so that no layer dies.
@@ -60,12 +61,12 @@ class Structure(Config):
     threshold: float | None = None
     criterion: Annotated[str, AfterValidator(_known)] = "l2"
     reduction: Reduction = "mean"
-    normalise: Normalise = "mean"
+    normalise: Normalise | Literal["cost"] = "mean"
     allocation: Literal["uniform", "global", "erk"] | dict[str, Share] = "uniform"
     floor: Share = 0.1
     round_to: int = Field(default=1, ge=1)
-    kinds: tuple[Kind, ...] = ("channel", "head", "hidden", "width")
-    exclude: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = Field(default=("channel", "head", "hidden", "width"), strict=False)  # YAML has lists
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
     rounds: int = Field(default=1, ge=1)
     compensate: bool = False
     verify: Literal["full", "together", "off"] = "full"
