@@ -41,7 +41,8 @@ bench: $(VENV)/.bench ## all benchmarks; DATA points to the CIFAR images and wei
 	$(BIN)/python benchmarks/int8_peers.py --data $(or $(DATA),../shared/data)
 	$(BIN)/python benchmarks/certificate_simulation.py
 	$(BIN)/python benchmarks/pruning_accuracy.py --data $(or $(DATA),../shared/data) --out benchmarks/results/pruning_accuracy.json
-	$(BIN)/python benchmarks/pruning_accuracy.py --data $(or $(DATA),../shared/data) --part sparse --out benchmarks/results/sparse_accuracy.json
+	$(BIN)/python benchmarks/pruning_training.py --data $(or $(DATA),../shared/data) --chosen benchmarks/results/pruning_accuracy.json --out benchmarks/results/pruning_training.json
+	$(BIN)/python benchmarks/sparse_accuracy.py --data $(or $(DATA),../shared/data) --out benchmarks/results/sparse_accuracy.json
 	$(BIN)/python benchmarks/coupling_speed.py --out benchmarks/results/coupling_speed.json
 
 clean:

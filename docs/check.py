@@ -79,8 +79,34 @@ def environment() -> str:
     )
 
 
+def _drop(row: dict[str, Any], prefix: str) -> str:
+    low, high = row[f"{prefix}_interval_points"]
+    return f"{row[f'{prefix}_drop_points']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def pruning_one_shot() -> str:
+    """ResNet-56 with fewer channels, not trained."""
+    lines = ["| one shot, no training | MACs, % | top-1 | drop |", "|---|---:|---:|---:|"]
+    for row in _result("pruning_accuracy")["rows"]:
+        lines.append(
+            f"| {row['name']} | {100 * row['macs']:.1f} | {row['one_shot_top1']:.2f} | {_drop(row, 'one_shot')} |"
+        )
+    return "\n".join(lines)
+
+
+def pruning_trained() -> str:
+    """The best of both sides after two epochs."""
+    lines = ["| after two epochs | learns from | seed | top-1 | drop |", "|---|---|---:|---:|---:|"]
+    for row in sorted(_result("pruning_training")["rows"], key=lambda row: (row["lesson"], row["seed"], row["side"])):
+        lines.append(
+            f"| {row['name']} | {row['lesson']} | {row['seed']} | {row['trained_top1']:.2f} | {_drop(row, 'trained')} |"
+        )
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (int8_latency, int8_ratios, int8_compress, environment)
+    function.__name__: function
+    for function in (int8_latency, int8_ratios, int8_compress, environment, pruning_one_shot, pruning_trained)
 }
 
 
