@@ -257,3 +257,20 @@ def test_two_surgeries_become_one(surgery: Surgery) -> None:
     later = plan(step, heads=[0], channels=[1, 2])
     both = Surgery.from_json(surgery.then(later).to_json())
     assert torch.equal(apply_surgery(small(), both)(IMAGES), apply_surgery(step, later)(IMAGES))
+
+
+def test_the_order_in_memory_stays() -> None:
+    model = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last).eval()
+    )
+    images = torch.randn(2, 3, 8, 8)
+    coupling = couple(model, images)
+    surgery = plan_surgery(model, coupling, {"0.weight[0]": torch.tensor([1, 2])})
+    pruned = apply_surgery(copy.deepcopy(model), surgery)
+    for index in (0, 2):
+        weight = pruned.get_parameter(f"{index}.weight")
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+    plain = apply_surgery(copy.deepcopy(model).to(memory_format=torch.contiguous_format), surgery)
+    assert plain.get_parameter("0.weight").is_contiguous()
+    torch.testing.assert_close(pruned(images), plain(images))

@@ -122,8 +122,16 @@ def _sliced(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
         result = tensor.detach()
         for cut in cuts:
             result = result.index_select(cut.dim, torch.tensor(cut.kept, device=tensor.device))
-    result = result.contiguous()
+    result = result.contiguous(memory_format=_layout(tensor))
     return nn.Parameter(result, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else result
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """The order in memory, which decides how fast convolutions are."""
+    for layout, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
+            return layout
+    return torch.contiguous_format
 
 
 def _check(model: nn.Module, surgery: Surgery) -> None:
