@@ -55,6 +55,8 @@ WRONG: list[tuple[Callable[..., Config], str, Any]] = [
     (Schedule, "batch_size", 0),
     (QuantScheme, "bits", 9),
     (QuantScheme, "bits", 1),
+    (QuantScheme, "bits", 12),
+    (QuantScheme, "group_size", 0),
 ]
 PRUNING: list[tuple[str, Any]] = [
     ("sparsity", 1.0),

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from tersor.core.quantization import QuantScheme
+from tersor.errors import UnsupportedError
 from tersor.graph import FakeQuantize
 from tersor.graph.operators import quantize_dequantize
 
@@ -166,3 +167,9 @@ def test_the_lowered_operator_rounds_alike(x: Array) -> None:
     zero_point: Tensor = quantizer.zero_point.to(quantizer.dtype).reshape(())
     found = quantize_dequantize(values, quantizer.scale.reshape(()), zero_point).numpy()
     assert agrees(found, quantizer(values).numpy(), x, quantizer.scale.numpy(), zero_point.numpy())
+
+
+@pytest.mark.parametrize("fields", [{"bits": 16}, {"axis": 1, "group_size": 4}, {"per_token": True}])
+def test_what_it_cannot_simulate_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"2 to 8 bits, per tensor or per channel; got .*quantize\.uniform"):
+        FakeQuantize(QuantScheme(**fields))

@@ -13,6 +13,7 @@ from tersor.core.quantization import QuantScheme
 from tersor.graph import FakeQuantize
 from tersor.probe import Histogram
 from tersor.quantize import ranges
+from tersor.quantize.ranges.base import Points
 from zoo import normal
 
 SCHEMES = {
@@ -27,6 +28,11 @@ def histogram(values: torch.Tensor) -> Histogram:
     found.widen(values)
     found.count(values)
     return found
+
+
+def chosen_by(method: str, found: Histogram, scheme: QuantScheme) -> tuple[float, float]:
+    low, high = getattr(ranges, method)(Points.of_histogram(found), scheme)
+    return float(low), float(high)
 
 
 def error(found: Histogram, low: float, high: float, scheme: QuantScheme) -> float:
@@ -45,22 +51,22 @@ def error(found: Histogram, low: float, high: float, scheme: QuantScheme) -> flo
 )
 def test_mse_is_never_worse_than_minmax(values: np.ndarray[Any, Any], scale: float, name: str) -> None:
     found, scheme = histogram(torch.from_numpy(values * np.float32(scale))), SCHEMES[name]
-    best = error(found, *ranges.mse(found, scheme), scheme)
-    assert best <= error(found, *ranges.minmax(found, scheme), scheme) * (1 + 1e-3) + 1e-30
+    best = error(found, *chosen_by("mse", found, scheme), scheme)
+    assert best <= error(found, *chosen_by("minmax", found, scheme), scheme) * (1 + 1e-3) + 1e-30
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_mse_cuts_an_outlier_off_that_costs_more_than_it_is_worth(name: str) -> None:
     found, scheme = histogram(torch.cat([normal(50_000), torch.tensor([60.0, -60.0])])), SCHEMES[name]
-    low, high = ranges.mse(found, scheme)
+    low, high = chosen_by("mse", found, scheme)
     assert high < 57
     assert low > -57
-    assert error(found, low, high, scheme) < 0.95 * error(found, *ranges.minmax(found, scheme), scheme)
+    assert error(found, low, high, scheme) < 0.95 * error(found, *chosen_by("minmax", found, scheme), scheme)
 
 
 def test_mse_is_the_best_of_its_grid() -> None:
     found, scheme = histogram(normal(20_000)), QuantScheme(bits=4)
-    low, high = ranges.mse(found, scheme)
+    low, high = chosen_by("mse", found, scheme)
     chosen = error(found, low, high, scheme)
     for shrink in np.linspace(1.0, 0.04, 64):
         assert chosen <= error(found, found.low * shrink, found.high * shrink, scheme) * (1 + 1e-4)
@@ -69,17 +75,17 @@ def test_mse_is_the_best_of_its_grid() -> None:
 
 def test_mse_keeps_a_range_that_starts_at_zero() -> None:
     found = histogram(normal(10_000).relu())
-    assert ranges.mse(found, QuantScheme())[0] == 0
+    assert chosen_by("mse", found, QuantScheme())[0] == 0
 
 
 def test_minmax_is_the_whole_range() -> None:
     found = histogram(torch.tensor([-3.0, 0.5, 8.0]))
-    assert ranges.minmax(found, QuantScheme()) == (-3.0, 8.0)
+    assert chosen_by("minmax", found, QuantScheme()) == (-3.0, 8.0)
 
 
 def test_percentile_cuts_the_rarest_values_off_both_ends() -> None:
     found = histogram(torch.cat([torch.linspace(-1, 1, 60_000), torch.tensor([50.0, -50.0])]))
-    low, high = ranges.percentile(found, QuantScheme())
+    low, high = chosen_by("percentile", found, QuantScheme())
     width = 100 / len(found.counts)
     assert -1 - width <= low <= -1 + width
     assert 1 - width <= high <= 1 + width
@@ -89,7 +95,7 @@ def test_percentile_cuts_the_rarest_values_off_both_ends() -> None:
 @given(hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-100, 100, width=32)))
 def test_percentile_lies_inside_the_range_and_holds_the_values(values: np.ndarray[Any, Any]) -> None:
     found = histogram(torch.from_numpy(values))
-    low, high = ranges.percentile(found, QuantScheme())
+    low, high = chosen_by("percentile", found, QuantScheme())
     slack = 1e-5 * (found.high - found.low) + 1e-12
     assert found.low - slack <= low <= high <= found.high + slack
     inside = (values >= low - slack) & (values <= high + slack)
@@ -100,7 +106,79 @@ def test_percentile_lies_inside_the_range_and_holds_the_values(values: np.ndarra
 @pytest.mark.parametrize("value", [0.0, 2.5, -2.5])
 def test_a_constant_has_a_range_that_represents_it(method: str, value: float) -> None:
     found = histogram(torch.full((40,), value))
-    low, high = getattr(ranges, method)(found, QuantScheme())
+    low, high = chosen_by(method, found, QuantScheme())
     quantizer = FakeQuantize(QuantScheme())
     quantizer.set_range(torch.tensor([low]), torch.tensor([high]))
     assert float(quantizer(torch.tensor([value]))) == pytest.approx(value, rel=1e-6)
+
+
+def test_entropy_cuts_rare_outliers_off_and_keeps_what_is_evenly_spread() -> None:
+    found, even = histogram(torch.cat([normal(50_000), torch.tensor([60.0, -60.0])])), histogram(torch.rand(50_000))
+    for scheme in SCHEMES.values():
+        low, high = chosen_by("entropy", found, scheme)
+        assert 3 < high < 20
+        assert -20 < low < -3
+        assert chosen_by("entropy", even, scheme)[1] > 0.9 * even.high
+
+
+def kl_by_hand(found: Histogram, share: float, codes: int) -> float:
+    """Migacz 2017 in plain loops, of an unsigned range that starts at zero."""
+    inside = [bin for bin, centre in enumerate(found.centres.tolist()) if centre <= found.high * share]
+    counts = found.counts.tolist()
+    counts[0] = min(counts[0], counts[1])
+    occupied = [bin for bin in inside if counts[bin] > 0]
+    true = {bin: counts[bin] for bin in occupied}
+    true[occupied[-1]] += sum(counts[occupied[-1] + 1 :])
+    levels: dict[int, list[int]] = {}
+    scale = found.high * share / (codes - 1)
+    for bin in occupied:
+        levels.setdefault(int(np.rint(float(found.centres[bin]) / scale)), []).append(bin)
+    spread = {bin: sum(counts[one] for one in bins) / len(bins) for bins in levels.values() for bin in bins}
+    all_true, all_spread = sum(true.values()), sum(spread.values())
+    return sum(
+        true[bin] / all_true * float(np.log(true[bin] / all_true / (spread[bin] / all_spread))) for bin in occupied
+    )
+
+
+def test_entropy_is_the_least_divergence_of_its_grid() -> None:
+    found, scheme = histogram(torch.cat([normal(20_000).abs(), torch.tensor([0.0, 12.0])])), QuantScheme(bits=4)
+    low, high = chosen_by("entropy", found, scheme)
+    costs = {share: kl_by_hand(found, share, 16) for share in np.linspace(1.0, 0.04, 64)}
+    assert low == 0
+    assert high == pytest.approx(min(costs, key=costs.__getitem__) * found.high, rel=1e-6)
+
+
+def test_entropy_of_more_codes_than_bins_is_the_whole_range() -> None:
+    found = histogram(normal(1000))
+    assert chosen_by("entropy", found, QuantScheme(bits=16)) == (found.low, found.high)
+
+
+def test_a_moving_average_forgets_slowly() -> None:
+    found = Histogram()
+    for high in (1.0, 1.0, 11.0):
+        found.widen(torch.tensor([-2.0, high]))
+    assert (found.low, found.high) == (-2.0, 11.0)
+    assert chosen_by("moving_average", found, QuantScheme()) == pytest.approx((-2.0, 2.0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(2, 60)), elements=st.floats(-100, 100, width=32)),
+    st.sampled_from(ranges.__all__),
+    st.sampled_from(sorted(SCHEMES)),
+)
+def test_rows_get_the_ranges_that_each_would_get_alone(values: np.ndarray[Any, Any], method: str, name: str) -> None:
+    rows, choose = torch.from_numpy(values), getattr(ranges, method)
+    low, high = choose(Points.of_rows(rows), SCHEMES[name])
+    for index, row in enumerate(rows):
+        alone = choose(Points.of_rows(row[None]), SCHEMES[name])
+        assert (float(low[index]), float(high[index])) == (float(alone[0]), float(alone[1]))
+        assert low[index] >= min(0, row.min())
+        assert high[index] <= max(0, row.max())
+
+
+def test_long_rows_are_sampled_and_their_ends_exact() -> None:
+    row = torch.cat([torch.linspace(-1, 1, 300_000), torch.tensor([5.0])])
+    points = Points.of_rows(row[None])
+    assert points.values.shape[1] < 100_000
+    assert (float(points.low), float(points.high)) == (-1.0, 5.0)

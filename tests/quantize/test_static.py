@@ -15,7 +15,7 @@ from tersor.core.machine import saturates_int8
 from tersor.core.target import Target
 from tersor.errors import DataError, NonFiniteError, UnsupportedError
 from tersor.graph import FakeQuantize
-from tersor.quantize import Static
+from tersor.quantize import Static, ranges
 from tersor.quantize.placement import Placement
 from tersor.quantize.static import FULL_RANGE, _set_activation_ranges
 from zoo import (
@@ -97,7 +97,7 @@ def test_the_simulation_is_near_the_float_model_and_every_weight_on_its_grid(
         assert quant.zero_point == [0] * len(weight)
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("method", ranges.__all__)
 def test_every_range_method_works_and_is_noted(method: str) -> None:
     module = seeded(Cnn)
     context = context_for(module, CNN_DATA)
@@ -276,7 +276,7 @@ class Choosing(nn.Module):
         return self.reached(features) if bool((features < 1e6).all()) else self.other(features)
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("method", ranges.__all__)
 def test_what_no_example_reaches_stays_float_and_is_told(method: str) -> None:
     simulation: Any = Choosing()
     placement = Placement({"reached": "a", "other": "b"}, {}, ())

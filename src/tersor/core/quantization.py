@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tersor.core.config import Config
+from tersor.core.granularity import Granularity
+from tersor.errors import ConfigError
 
 
 class QuantScheme(Config):
     """A uniform integer format: ``q = clamp(round(x / scale) + zero_point)`` (Jacob et al. 2018).
 
-    `axis` is the channel dimension that has one scale per index, None for one scale per tensor.
-    See https://arxiv.org/abs/1712.05877.
+    Which entries share a scale: all (the default); with `axis`, those of one index along this dimension (a channel);
+    with `axis` and `group_size`, so many neighbours along it; with `group_size` alone, so many consecutive entries;
+    with `per_token`, those of one vector along the last dimension. See https://arxiv.org/abs/1712.05877.
     """
 
-    bits: int = Field(default=8, ge=2, le=8)
+    bits: int = Field(default=8, description="2 to 8, or 16")
     signed: bool = False
     symmetric: bool = False
     axis: int | None = None
+    group_size: int | None = Field(default=None, ge=1)
+    per_token: bool = False
+
+    @field_validator("bits")
+    @classmethod
+    def _has_kernels(cls, bits: int) -> int:
+        if not 2 <= bits <= 8 and bits != 16:
+            raise ValueError("expected 2 to 8 bits, or 16")
+        return bits
+
+    @model_validator(mode="after")
+    def _one_granularity(self) -> Self:
+        if self.per_token and (self.axis is not None or self.group_size is not None):
+            raise ValueError(
+                f"per_token is one scale per vector, which leaves no room for axis {self.axis} and group_size "
+                f"{self.group_size}; set one of them"
+            )
+        return self
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which entries share a scale."""
+        if self.per_token:
+            return Granularity.token()
+        if self.group_size is not None:
+            return (
+                Granularity.block(self.group_size)
+                if self.axis is None
+                else Granularity.group(self.group_size, self.axis)
+            )
+        return Granularity() if self.axis is None else Granularity.channel(self.axis)
 
     @property
     def qmin(self) -> int:
@@ -32,6 +66,20 @@ class QuantScheme(Config):
     def qmax(self) -> int:
         """Largest code."""
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    def parameters(self, low: Tensor, high: Tensor, *, smallest: float) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, as floats, with which the codes cover `[low, high]` and zero.
+
+        Symmetric: the larger magnitude over `qmax`, zero has code 0. Affine: the width over all codes.
+        No scale is below `smallest`: one of zero would silently erase what it scales.
+        """
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        if self.symmetric:
+            scale = (torch.maximum(-low, high) / self.qmax).clamp(min=smallest)
+            return scale, torch.zeros_like(scale)
+        codes = self.qmax - self.qmin
+        scale = (high / codes - low / codes).clamp(min=smallest)  # the width itself may be too large for its type
+        return scale, (self.qmin - low / scale).round().clamp(self.qmin, self.qmax)
 
 
 class TensorQuant(Config):
@@ -45,12 +93,22 @@ class TensorQuant(Config):
     module: str = Field(default="", description="path of the module that computes with it")
 
     def rounded(self, values: Tensor) -> Tensor:
-        """`values` moved to the nearest points of the grid."""
-        shape = [-1 if axis == self.scheme.axis else 1 for axis in range(values.ndim)]
-        scale = torch.tensor(self.scale, dtype=values.dtype).reshape(shape)
-        zero_point = torch.tensor(self.zero_point).reshape(shape)
-        codes = ((values / scale).round() + zero_point).clamp(self.scheme.qmin, self.scheme.qmax)
-        return (codes - zero_point) * scale
+        """`values` moved to the nearest points of the grid; scales are in the order of `Granularity.rows`.
+
+        Raises:
+            ConfigError: if there are not as many scales as `values` has regions.
+        """
+        granularity, shape = self.scheme.granularity, tuple(values.shape)
+        rows = granularity.rows(values)
+        if not len(self.scale) == len(self.zero_point) == len(rows):
+            raise ConfigError(
+                f"{self.name}: expected {len(rows)} scales and zero points ({granularity}, shape {shape}), got "
+                f"{len(self.scale)} and {len(self.zero_point)}; the plan belongs to another tensor"
+            )
+        scale = torch.tensor(self.scale, dtype=values.dtype)[:, None]
+        zero_point = torch.tensor(self.zero_point)[:, None]
+        codes = ((rows / scale).round() + zero_point).clamp(self.scheme.qmin, self.scheme.qmax)
+        return granularity.restore((codes - zero_point) * scale, shape)
 
 
 class QuantPlan(Config):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.quantization import QuantScheme
+from tersor.errors import UnsupportedError
 
 SMALLEST_SCALE = 1e-9  # a scale of zero would silently erase a channel
 
@@ -17,6 +18,9 @@ class FakeQuantize(nn.Module):
     """``scale · (clamp(round(x / scale) + zero_point, qmin, qmax) − zero_point)``, Jacob et al. 2018.
 
     While `enabled` is False it is the identity. See https://arxiv.org/abs/1712.05877.
+
+    Raises:
+        UnsupportedError: for 16 bits, groups, blocks and tokens.
     """
 
     scale: Tensor
@@ -24,6 +28,11 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, scheme: QuantScheme) -> None:
         super().__init__()
+        if scheme.bits > 8 or scheme.granularity.kind not in {"tensor", "channel"}:
+            raise UnsupportedError(
+                f"fake quantization takes 2 to 8 bits, per tensor or per channel; got {scheme.bits} bits "
+                f"{scheme.granularity}. tersor.quantize.uniform simulates every scheme on a tensor"
+            )
         self.scheme = scheme
         self.enabled = False
         self.register_buffer("scale", torch.ones(1))
@@ -34,16 +43,9 @@ class FakeQuantize(nn.Module):
 
         Symmetric schemes take the larger magnitude over `qmax`, so that zero has code 0 exactly.
         """
-        scheme = self.scheme
-        low, high = low.detach().float().clamp(max=0).cpu(), high.detach().float().clamp(min=0).cpu()
-        if scheme.symmetric:
-            scale = torch.maximum(-low, high) / scheme.qmax
-            zero_point = torch.zeros_like(scale)
-        else:
-            scale = (high - low) / (scheme.qmax - scheme.qmin)
-            scale = scale.clamp(min=SMALLEST_SCALE)
-            zero_point = (scheme.qmin - low / scale).round().clamp(scheme.qmin, scheme.qmax)
-        self.scale = scale.clamp(min=SMALLEST_SCALE).reshape(-1)
+        low, high = low.detach().float().cpu(), high.detach().float().cpu()
+        scale, zero_point = self.scheme.parameters(low, high, smallest=SMALLEST_SCALE)
+        self.scale = scale.reshape(-1)
         self.zero_point = zero_point.to(torch.int32).reshape(-1)
         self.enabled = True
 

@@ -17,14 +17,20 @@ from tersor.errors import NonFiniteError
 
 BINS = 1024
 SAMPLE = 1 << 16  # values counted per call; the range is exact, the shape needs no more
+MOMENTUM = 0.9
 
 
 @dataclass
 class Histogram:
-    """Counts `[H]` of values in equal bins over `[low, high]`."""
+    """Counts `[H]` of values in equal bins over `[low, high]`.
+
+    `average_low` and `average_high` are exponential moving averages of the ends of what each call brought.
+    """
 
     low: float = float("inf")
     high: float = float("-inf")
+    average_low: float = float("nan")
+    average_high: float = float("nan")
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
 
     def widen(self, values: Tensor) -> None:
@@ -32,6 +38,10 @@ class Histogram:
         low, high = (float(bound) for bound in torch.aminmax(values.detach()))
         if not math.isfinite(low + high):
             raise ValueError("NaN or Inf")
+        if self.low > self.high:
+            self.average_low, self.average_high = low, high
+        self.average_low += (1 - MOMENTUM) * (low - self.average_low)
+        self.average_high += (1 - MOMENTUM) * (high - self.average_high)
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def count(self, values: Tensor) -> None:

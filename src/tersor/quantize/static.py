@@ -32,6 +32,7 @@ from tersor.graph.rules import COMPUTE
 from tersor.probe import histograms
 from tersor.quantize import ranges
 from tersor.quantize.placement import Placement, place
+from tersor.quantize.ranges.base import Points
 
 FULL_RANGE = QuantScheme(bits=8, signed=True, symmetric=True)
 REDUCED_RANGE = QuantScheme(bits=7, signed=True, symmetric=True)
@@ -42,14 +43,14 @@ CAPTURE_BATCH = 2  # a batch of one would be baked into the graph
 class Static(Step):
     """Quantizes to int8 with ranges fixed on the calibrate split.
 
-    `range_method` chooses the activations' ranges: `minmax`, `percentile` (99.99 %) or `mse`. `samples` limits
-    how many calibration examples are used.
+    `range_method` chooses the activations' ranges: `minmax`, `moving_average` of the batches, `percentile` (99.99 %),
+    `mse` or `entropy`. `samples` limits how many calibration examples are used.
     """
 
     name: ClassVar[str] = "quantize.static"
     kind: ClassVar[Kind] = "quantize"
 
-    range_method: Literal["minmax", "percentile", "mse"] = "mse"
+    range_method: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "mse"
     samples: int = Field(default=300, ge=1)
     batch_size: int = Field(default=50, ge=1)
 
@@ -114,7 +115,7 @@ class Static(Step):
 def _set_activation_ranges(simulation: fx.GraphModule, placement: Placement, method: str, batches: object) -> list[str]:
     """Calibrates the activations; returns the names of those that no example reached."""
     assert callable(batches)  # noqa: S101 - a closure of `apply`
-    found = histograms(simulation, placement.activations, batches, counts=method != "minmax")
+    found = histograms(simulation, placement.activations, batches, counts=method not in {"minmax", "moving_average"})
     unreached = []
     for path, name in placement.activations.items():
         quantizer, histogram = simulation.get_submodule(path), found[name]
@@ -126,8 +127,7 @@ def _set_activation_ranges(simulation: fx.GraphModule, placement: Placement, met
             raise DataError(
                 f"calibration range of {name!r} is [{histogram.low}, {histogram.high}]: too wide for float32"
             )
-        low, high = getattr(ranges, method)(histogram, quantizer.scheme)
-        quantizer.set_range(torch.tensor([low]), torch.tensor([high]))
+        quantizer.set_range(*getattr(ranges, method)(Points.of_histogram(histogram), quantizer.scheme))
     return unreached
 
 

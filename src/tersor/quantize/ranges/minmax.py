@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tersor.core.quantization import QuantScheme
-from tersor.probe import Histogram
+from tersor.quantize.ranges.base import Points
 
 
-def minmax(histogram: Histogram, scheme: QuantScheme) -> tuple[float, float]:
+def minmax(points: Points, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """``[min x, max x]``."""
-    return histogram.low, histogram.high
+    return points.low, points.high

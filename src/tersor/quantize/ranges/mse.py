@@ -6,33 +6,20 @@ See https://arxiv.org/abs/2106.08295.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tersor.core.quantization import QuantScheme
-from tersor.probe import Histogram
-
-CANDIDATES = 64
+from tersor.quantize.ranges.base import Points, codes_of, narrowed
 
 
-def mse(histogram: Histogram, scheme: QuantScheme) -> tuple[float, float]:
-    """``argmin_a Σ counts · (x − Q_a(x))²`` over the ranges ``a · [min x, max x]``, a in (0.04 … 1].
+def mse(points: Points, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """``argmin_a Σ counts · (x − Q_a(x))²`` over the ranges ``a · [min x, max x]``, a in [0.04 … 1]."""
+    peak = torch.maximum(points.low.abs(), points.high.abs())
+    peak = peak.clamp(min=torch.finfo(peak.dtype).tiny)[:, None]  # squares shall neither overflow nor vanish
 
-    Both ends shrink together; zero stays representable, so a range that starts at zero still does.
-    """
-    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    if high <= low:
-        return low, high
-    levels = scheme.qmax - scheme.qmin
-    shrink = torch.linspace(1.0, 0.04, CANDIDATES, dtype=torch.float32)[:, None]
-    lows, highs = low * shrink, high * shrink
-    if scheme.symmetric:
-        highs = torch.maximum(-lows, highs)
-        scale = highs / scheme.qmax
-        zero_point = torch.zeros_like(scale)
-    else:
-        scale = (highs - lows) / levels
-        zero_point = (scheme.qmin - lows / scale).round()
-    values = histogram.centres.float()[None]
-    codes = ((values / scale).round() + zero_point).clamp(scheme.qmin, scheme.qmax)
-    errors = ((codes - zero_point) * scale - values).square() @ histogram.counts.float()
-    best = float(shrink[int(errors.argmin())])
-    return low * best, high * best
+    def cost(low: Tensor, high: Tensor) -> Tensor:
+        codes, scale, zero_point = codes_of(points.values, low, high, scheme)
+        errors = ((codes - zero_point) * (scale / peak) - points.values / peak).square()
+        return (errors * points.counts).sum(-1)
+
+    return narrowed(points, cost)

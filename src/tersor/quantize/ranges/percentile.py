@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from tersor.core.quantization import QuantScheme
-from tersor.probe import Histogram
+from tersor.quantize.ranges.base import Points
 
 KEPT = 0.9999
 
 
-def percentile(histogram: Histogram, scheme: QuantScheme) -> tuple[float, float]:
+def percentile(points: Points, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """The interval that holds 99.99 % of the values, half of the rest cut at each end."""
-    cumulative = torch.cumsum(histogram.counts, 0) / histogram.counts.sum()
-    step = (histogram.high - histogram.low) / len(cumulative)
-    first = int((cumulative > (1 - KEPT) / 2).nonzero()[0])
-    last = int((cumulative >= (1 + KEPT) / 2 - 1e-12).nonzero()[0])
-    return histogram.low + step * first, histogram.low + step * (last + 1)
+    values, order = points.values.sort(dim=1, stable=True)
+    cumulative = points.counts.double().gather(1, order).cumsum(1)
+    cumulative = cumulative / cumulative[:, -1:]
+    first = (cumulative <= (1 - KEPT) / 2).sum(1, keepdim=True)
+    last = (cumulative < (1 + KEPT) / 2 - 1e-12).sum(1, keepdim=True)
+    low, high = values.gather(1, first)[:, 0] - points.width / 2, values.gather(1, last)[:, 0] + points.width / 2
+    return low, high
