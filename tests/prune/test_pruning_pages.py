@@ -10,7 +10,7 @@ from tersor.prune import criteria
 from tersor.recipes import parse_recipe
 
 PAGES = Path(__file__).resolve().parents[2] / "docs/methods"
-NAMES = ["prune-depth.md", "prune-structured.md", "prune-unstructured.md", "sparsity-patterns.md"]
+NAMES = ["prune-depth.md", "prune-experts.md", "prune-structured.md", "prune-unstructured.md", "sparsity-patterns.md"]
 
 
 def blocks(name: str, language: str) -> list[str]:

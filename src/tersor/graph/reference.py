@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.graph.attention import prunable_attention
-from tersor.graph.coupling.couple import Coupling, Run, named_tensors, run_model
+from tersor.graph.coupling.couple import Coupling, Run, named_tensors, run_alike
 from tersor.graph.coupling.labels import Ledger, support
 from tersor.graph.coupling.rules import RULES, fallback
 from tersor.graph.coupling.rules.pointwise import _REDUCTIONS
@@ -92,7 +92,7 @@ def masked_outputs(
         trace.adopt(tensors)
         trace.before = without_masked
         with prunable_attention(masked), observed(masked, trace):
-            out = run_model(masked, args, kwargs)
+            out = run_alike(masked, args, kwargs)
         outputs.append(out)
     return outputs
 
@@ -109,6 +109,8 @@ def without_masked(trace: Trace, name: str, func: Any, args: tuple[Any, ...], kw
         return _distance(trace, func, args, kwargs)
     if name == "aten._weight_norm_interface":  # a direction that is masked has no length
         return tuple(part.nan_to_num(0.0) for part in func(*args, **kwargs))
+    if name == "aten.native_batch_norm":
+        return _batch_norm(trace, func, args)
     if name == "aten.native_group_norm":
         return _group_norm(trace, func, args)
     if name in _STATISTICS and isinstance(args[0], Tensor) and args[0].ndim:
@@ -141,6 +143,25 @@ def _norm(trace: Masked, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
     result = list(func(values.index_select(-1, kept), [len(kept)], *affine, *args[4:], **kwargs))
     result[0] = torch.zeros_like(values).index_copy_(-1, kept, result[0].to(values.dtype))
     return tuple(result)
+
+
+def _batch_norm(trace: Masked, func: Any, args: tuple[Any, ...]) -> Any:
+    """New statistics, of an instance or of a weight that is standardised, without what is gone."""
+    image, training = args[0], args[5]
+    if not training:
+        return NotImplemented
+    kept = {dim: trace.kept(image, dim) for dim in range(image.ndim) if dim != 1}
+    less = image
+    for dim, indices in kept.items():
+        less = less if indices is None else less.index_select(dim, indices)
+    if less is image:
+        return NotImplemented
+    first, *rest = func(less, *args[1:])
+    for dim, indices in kept.items():
+        if indices is not None:
+            shape = [size if place != dim else image.shape[dim] for place, size in enumerate(first.shape)]
+            first = first.new_zeros(shape).index_copy_(dim, indices, first)
+    return (first, *rest)
 
 
 def _group_norm(trace: Masked, func: Any, args: tuple[Any, ...]) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import ModelError, TersorError
-from tersor.graph.coupling.couple import Coupling, Run, named_outputs, named_tensors, run_model
+from tersor.graph.coupling.couple import Coupling, Run, named_outputs, named_tensors, run_alike
 from tersor.graph.coupling.family import Frozen
 from tersor.graph.coupling.trace import Rule
 from tersor.graph.reference import masked_outputs
@@ -71,7 +71,7 @@ class Verifier:
         self.model = randomised(model, runs, seed)
         self.runs = [*runs, *other_shapes(self.model, runs[0])]
         with torch.no_grad():
-            self.expected = [run_model(self.model, args, kwargs) for args, kwargs in self.runs]
+            self.expected = [run_alike(self.model, args, kwargs) for args, kwargs in self.runs]
 
     def half(self, names: Sequence[str], attempt: int = 0) -> dict[str, Tensor]:
         """About half of the units of each family, at random, an odd number and not all.
@@ -157,7 +157,7 @@ def compare(
     try:
         pruned = apply_surgery(copy.deepcopy(model), plan_surgery(model, coupling, removed))
         with torch.no_grad():
-            answers = [run_model(pruned, args, kwargs) for args, kwargs in runs]
+            answers = [run_alike(pruned, args, kwargs) for args, kwargs in runs]
     except TersorError as failure:
         cause = failure.__cause__ or failure
         return Verdict(float("inf"), 0.0, f"the pruned model fails: {type(cause).__name__}: {cause}")
@@ -227,7 +227,7 @@ def randomised(model: nn.Module, runs: Sequence[Run], seed: int) -> nn.Module:
 def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
         with torch.no_grad():
-            run_model(model, args, kwargs)
+            run_alike(model, args, kwargs)
     except ModelError:
         return False
     return True

@@ -5,7 +5,9 @@ Shapes: `U` units, `E` entries of one unit at one place.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from tersor.errors import ModelError
 from tersor.graph.attention import prunable_attention
-from tersor.graph.coupling.constraints import follow_attributes, keep_rectangular, mirror_siblings
+from tersor.graph.coupling.constraints import follow_attributes, keep_rectangular, mirror_siblings, settle_groups
 from tersor.graph.coupling.family import Family, Frozen
 from tersor.graph.coupling.groups import Array, group
 from tersor.graph.coupling.integers import Attribute
@@ -124,7 +126,7 @@ def couple(
     try:
         for args, kwargs in runs_of(example_inputs):
             with prunable_attention(model), observed(model, trace):
-                outputs = run_model(model, args, kwargs)
+                outputs = run_alike(model, args, kwargs)
             trace.ledger.where = ""
             for out in () if prune_outputs else named_outputs(outputs):
                 for block in trace.blocks(out):
@@ -132,8 +134,12 @@ def couple(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if any(id(tensor) not in trace.seen for tensor in model.parameters()):
+        _watch_training(trace, model, tensors, runs_of(example_inputs))
     trace.ledger.where = ""
-    unused = mirror_siblings(trace, tensors, starts)
+    unused = mirror_siblings(trace, model, tensors, starts)
+    follow_attributes(trace)
+    settle_groups(trace)
     keep_rectangular(trace)
     follow_attributes(trace)
     keep_rectangular(trace)
@@ -149,6 +155,18 @@ def couple(
     )
 
 
+def _watch_training(trace: Trace, model: nn.Module, tensors: Mapping[str, Tensor], runs: Iterable[Run]) -> None:
+    """What only training reads (the embedding of masked places) must fit as well; a copy of the model tells."""
+    fresh = copy.deepcopy(model).train()
+    for module in fresh.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    with trace.replaced(tensors, named_tensors(fresh)), suppress(ModelError):
+        for args, kwargs in runs:
+            with prunable_attention(fresh), observed(fresh, trace):
+                run_alike(fresh, args, kwargs)
+
+
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls the model; an error becomes a `ModelError` that says what was given."""
     try:
@@ -160,6 +178,18 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             f"{type(model).__name__} does not run on the example inputs {given} {named or ''}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def run_alike(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`run_model` with the same random numbers every time, and on a copy of what is given: a cache in it would grow."""
+    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
+    try:
+        given = copy.deepcopy((args, kwargs))
+    except RuntimeError:  # a tensor with a history
+        given = args, kwargs
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return run_model(model, *given)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

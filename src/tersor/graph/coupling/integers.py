@@ -8,11 +8,11 @@ origin as long as it only scales; anything else makes the number `derived`: comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,20 +31,39 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True)
 class Extent:
-    """The size of a tensor's dimension: its labels, None if it is fixed or joined with others."""
+    """The size of a tensor's dimension.
+
+    Attributes:
+        labels: Of the dimension by itself; None if it is fixed or joined with others.
+        joint: The block that joins it with others.
+        dim: Which dimension of that block it is.
+    """
 
     labels: Tensor | None
-    fixed: bool
+    joint: Tensor | None = None
+    dim: int = 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing can be cut along the dimension."""
+        return self.labels is None and self.joint is None
 
 
 Origin = Attribute | Extent | None
 
 
 class Traced(int):
-    """An integer with an origin: `value = origin · scale`; without an origin it is derived."""
+    """An integer with an origin: `value = origin · scale`; without an origin it is derived.
+
+    Attributes:
+        origin: An attribute, or the size of a dimension.
+        scale: What it is multiplied by.
+        witness: Is told of any two that were compared and found equal: a model may insist on that.
+    """
 
     origin: Origin
     scale: Fraction
+    witness: ClassVar[Callable[[Traced, Traced], None] | None] = None
 
     def __new__(cls, value: int, origin: Origin = None, scale: Fraction = Fraction(1)) -> Traced:
         """Makes the number; `int` is immutable, so this is where its origin is set."""
@@ -52,14 +71,21 @@ class Traced(int):
         self.origin, self.scale = origin, scale
         return self
 
+    @property
+    def constant(self) -> bool:
+        """Whether it is the size of a dimension that is fixed: as good as a number, but not one of the code."""
+        return isinstance(self.origin, Extent) and self.origin.fixed
+
     def _scaled(self, value: Any, other: Any, factor: Fraction) -> Any:
         if not isinstance(value, int):
             return value
-        if isinstance(other, Traced) or self.origin is None:
+        if self.origin is None or (isinstance(other, Traced) and not other.constant):
             return Traced(value)
         return Traced(value, self.origin, self.scale * factor)
 
     def __mul__(self, other: Any) -> Any:
+        if self.constant and isinstance(other, Traced) and not other.constant:
+            return other * self
         value = int(self) * (int(other) if isinstance(other, Traced) else other)
         return self._scaled(value, other, Fraction(other)) if isinstance(other, int) else value
 
@@ -89,6 +115,20 @@ class Traced(int):
 
     def __neg__(self) -> Any:
         return Traced(-int(self), self.origin, -self.scale)
+
+    def __eq__(self, other: object) -> bool:
+        self._witnessed(other)
+        return int.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        self._witnessed(other)
+        return int.__ne__(self, other)
+
+    def _witnessed(self, other: object) -> None:
+        if isinstance(other, Traced) and Traced.witness is not None and int(self) == int(other):
+            Traced.witness(self, other)
+
+    __hash__ = int.__hash__
 
     def __mod__(self, other: Any) -> Any:
         return int(self) % other
@@ -143,10 +183,22 @@ def _traced(value: Any, owner: str, name: str) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """The value without origins; itself, if there are none."""
+    if type(value) is Traced:
+        return int(value)
+    if type(value) is Shape or (type(value) in (tuple, list) and any(type(item) is Traced for item in value)):
+        return (list if isinstance(value, list) else tuple)(_plain(item) for item in value)
+    return value
+
+
 @contextmanager
 def traced_attributes(model: nn.Module) -> Iterator[None]:
-    """Makes the public integer attributes of modules and configurations `Traced`, and restores them."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    """Makes the public integer attributes of modules and configurations `Traced`, and restores them.
+
+    What the model itself has set meanwhile stays, as plain integers: a cache goes with the length that it is for.
+    """
+    before: list[tuple[dict[str, Any], str, Any, Any]] = []
     try:
         for owner, attributes in owners(model):
             for name, value in list(attributes.items()):
@@ -154,12 +206,16 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
                     continue
                 replaced = _traced(value, owner, name)
                 if replaced is not value:
-                    before.append((attributes, name, value))
+                    before.append((attributes, name, replaced, value))
                     attributes[name] = replaced
         yield
     finally:
-        for attributes, name, value in before:
-            attributes[name] = value
+        for attributes, name, replaced, value in before:
+            if attributes.get(name) is replaced:
+                attributes[name] = value
+        for _, attributes in owners(model):
+            for name, value in attributes.items():
+                attributes[name] = _plain(value)
 
 
 def write_integer(holder: dict[str, Any], attribute: Attribute, value: int) -> None:

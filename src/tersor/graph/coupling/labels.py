@@ -165,8 +165,17 @@ def compact(ledger: Ledger, block: Tensor) -> Blocks:
 
 
 def disjoint(ledger: Ledger, blocks: Sequence[Tensor], learned: int) -> Blocks:
-    """Where supports overlap the block with a parameter's labels stays (they are below `learned`), else the outer."""
-    ranked = sorted(blocks, key=lambda block: (not bool((block < learned).any()), min(support(block))))
+    """Where supports overlap one block stays: what goes with a parameter (labels below `learned`), of that the first.
+
+    The first dimension of the parameter, not of the tensor: then all that is made of `[width, heads, size]` agrees.
+    """
+    supports = [support(block) for block in blocks]
+    if sum(len(dims) for dims in supports) == len(frozenset().union(*supports)):
+        return tuple(sorted(blocks, key=lambda block: min(support(block))))
+    classes = torch.from_numpy(ledger.classes())
+    known = torch.zeros(ledger.count, dtype=torch.bool)
+    known[classes[:learned]] = True
+    ranked = sorted(blocks, key=lambda block: (not bool(known[classes[block]].any()), int(block.min())))
     taken: set[int] = set()
     result: list[Tensor] = []
     for block in ranked:

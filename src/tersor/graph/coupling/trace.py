@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.graph.coupling.integers import Attribute, Extent, Shape, Traced, traced_attributes
-from tersor.graph.coupling.labels import Blocks, Ledger, Operand, along, forbid, support, tie
+from tersor.graph.coupling.labels import Blocks, Ledger, Operand, along, forbid, restrict, support, tie
 
 _MARK = "_tersor_labels"
 
@@ -69,6 +69,15 @@ class Demand:
         return [] if bool((numbers == numbers.narrow(self.dim, 0, 1)).all()) else [self.block]
 
 
+class Grouped(NamedTuple):
+    """A grouped convolution: inputs `[G, C / G]`, outputs `[G, O / G]`, and the weight's own inputs `[C / G]`."""
+
+    inputs: Tensor
+    outputs: Tensor
+    own: Tensor | None
+    number: int | Traced
+
+
 @dataclass
 class Trace:
     """What has been found out so far; rules read and write it.
@@ -79,6 +88,7 @@ class Trace:
         rules: Operator name -> rule.
         demands: Attributes whose value follows a size.
         splits: Joint blocks: a dimension that code has split into several.
+        grouped: Convolutions of which either whole groups go, or the same positions of all.
         seen: Parameters and buffers that some operator has read, by id.
     """
 
@@ -88,6 +98,7 @@ class Trace:
     learned: int = 0
     demands: list[Demand] = field(default_factory=list)
     splits: list[Tensor] = field(default_factory=list)
+    grouped: list[Grouped] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     modules: list[str] = field(default_factory=list)
     function: tuple[str, list[Any]] | None = None
@@ -107,6 +118,19 @@ class Trace:
             self._stored[id(tensor)] = tuple(blocks)
         self.learned = self.ledger.count
         return starts
+
+    @contextmanager
+    def replaced(self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[None]:
+        """While the body runs, other tensors of the same names have the labels, and count as seen for these."""
+        twins = [(id(tensor), id(others[name])) for name, tensor in tensors.items() if name in others]
+        self._stored.update({other: self._stored[own] for own, other in twins})
+        try:
+            yield
+        finally:
+            for own, other in twins:
+                del self._stored[other]
+                if other in self.seen:
+                    self.seen.add(own)
 
     def blocks(self, tensor: Tensor) -> Blocks:
         """A tensor's blocks; none for a constant or a model input."""
@@ -154,23 +178,33 @@ class Trace:
             return forbid(self.ledger, blocks, dim, f"the size {number} is written in the code")
         if isinstance(number.origin, Attribute):
             self.demands.append(Demand(number.origin, number.scale, block, dim))
+        elif number.constant:
+            return forbid(self.ledger, blocks, dim, "its size is taken from a dimension that is fixed")
         elif isinstance(number.origin, Extent) and number.scale == 1:
-            if number.origin.fixed:
-                return forbid(self.ledger, blocks, dim, "its size is taken from a dimension that is fixed")
             labels = number.origin.labels
             if labels is not None and (block is None or support(block) == {dim}):
                 if block is not None and labels.sort().values.equal(block.flatten().sort().values):
                     return blocks  # the same in another order, as after a channel shuffle: as many go in both
                 tie(self.ledger, labels, None if block is None else block.flatten())
-                return blocks if block is not None else ()
         return blocks
+
+    def compared(self, left: Traced, right: Traced) -> None:
+        """An attribute was found equal to the size of a dimension: it must stay so."""
+        for number, other in ((left, right), (right, left)):
+            size = other.origin
+            if isinstance(number.origin, Attribute) and isinstance(size, Extent) and other.scale == 1:
+                block, dim = (size.joint, size.dim) if size.labels is None else (size.labels, 0)
+                self.demands.append(Demand(number.origin, number.scale, block, dim))
 
     def sized(self, number: int | Traced, size: int, dim: int, ndim: int) -> Blocks:
         """Blocks of a new dimension (zeros, copies) of which the call gave the size."""
         if size < 2 or not isinstance(number, Traced):
             return ()
         if isinstance(number.origin, Extent) and number.scale == 1:
-            return along(number.origin.labels, dim, ndim)
+            labels, joint = number.origin.labels, number.origin.joint
+            if joint is not None:  # whole rows from now on
+                labels = restrict(self.ledger, joint, {number.origin.dim})[0].flatten()
+            return along(labels, dim, ndim)
         blocks = along(self.ledger.fresh(size), dim, ndim)
         return self.require(number, blocks, dim)
 
@@ -206,16 +240,19 @@ def _shape(trace: Trace, tensor: Tensor) -> Shape:
         block = next((block for block in blocks if dim in support(block)), None)
         alone = block is not None and support(block) == {dim}
         labels = block.flatten() if block is not None and alone else None
-        result.append(Traced(size, Extent(labels, fixed=block is None)))
+        result.append(Traced(size, Extent(labels, None if alone else block, dim)))
     return Shape(result)
 
 
 def _integers(value: Any) -> Iterator[Any]:
-    """All integers of a call, in order; slices count with their start and stop."""
+    """All integers of a call, in order; slices count with their start and stop, tensors of one number as derived."""
     if isinstance(value, bool):
         return
     if isinstance(value, int):
         yield value
+    elif isinstance(value, Tensor):
+        if value.dtype in (torch.int64, torch.int32) and not value.ndim:
+            yield Traced(int(value))
     elif isinstance(value, slice):
         yield from _integers([part for part in (value.start, value.stop) if part is not None])
     elif isinstance(value, tuple | list):
@@ -273,6 +310,8 @@ def observed(model: nn.Module, trace: Trace) -> Iterator[None]:
             stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
             torch._C._set_mkldnn_enabled(False)
         stack.enter_context(traced_attributes(model))
+        stack.callback(setattr, Traced, "witness", Traced.witness)
+        Traced.witness = trace.compared
         stack.enter_context(_Functions(trace))
         stack.enter_context(_Operators(trace))
         yield

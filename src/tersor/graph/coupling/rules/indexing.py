@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tersor.graph.coupling.labels import Blocks, Operand, compact, disjoint, forbid, support, unify
+from tersor.graph.coupling.labels import Blocks, Operand, along, axis, compact, disjoint, forbid, support, tie, unify
 from tersor.graph.coupling.rules.pointwise import broadcast
 from tersor.graph.coupling.trace import Call, Rule, Trace
 
@@ -60,14 +60,40 @@ def gather(trace: Trace, call: Call) -> None:
 
 
 def scatter(trace: Trace, call: Call) -> None:
-    """`index_add`, `index_copy`, `scatter`, `scatter_add`: one dimension by data."""
+    """`index_add`, `index_copy`, `scatter`, `scatter_add`, `scatter_reduce`: one dimension by data."""
     target, dim = call.args[0], int(call.args[1]) % max(call.args[0].ndim, 1)
     operands = []
-    for tensor in (target, *(part for part in call.args[3:4] if isinstance(part, Tensor) and part.ndim == target.ndim)):
+    for tensor in (target, *(part for part in call.args[2:4] if isinstance(part, Tensor) and part.ndim == target.ndim)):
         blocks = forbid(trace.ledger, trace.blocks(tensor), dim, "its entries are looked up by data")
         shape = tuple(1 if index == dim else size for index, size in enumerate(tensor.shape))
         operands.append(Operand(shape, blocks))
     trace.put(call.out, tuple(b for b in unify(trace.ledger, operands) if dim not in support(b)))
+
+
+def masked_scatter(trace: Trace, call: Call) -> None:
+    """Places that a mask chooses take entries in order: whole rows, where the mask is the same along the last one."""
+    target, mask, source = call.args[:3]
+    blocks, last = trace.blocks(target), target.ndim - 1
+    whole = mask.ndim == target.ndim and source.ndim > 1 and source.shape[-1] == target.shape[-1]
+    whole = whole and bool((mask == mask[..., :1]).all())
+    for dim in range(last if whole else target.ndim):
+        blocks = forbid(trace.ledger, blocks, dim, "its entries are chosen by data")
+    others = trace.blocks(source)
+    for dim in range(source.ndim - whole):
+        others = forbid(trace.ledger, others, dim, "its entries are chosen by data")
+    if whole:
+        columns = tie(trace.ledger, axis(trace.ledger, blocks, last), axis(trace.ledger, others, source.ndim - 1))
+        blocks = along(columns, last, target.ndim)
+        unify(trace.ledger, [Operand((*[1] * last, target.shape[-1]), blocks), _columns(trace, mask)])
+    trace.put(call.out, blocks)
+
+
+def _columns(trace: Trace, mask: Tensor) -> Operand:
+    """A mask that is the same along its last dimension, of which only the size counts."""
+    found = axis(trace.ledger, trace.blocks(mask), mask.ndim - 1)
+    if found is None:
+        return Operand((1,) * mask.ndim, ())
+    return Operand((*[1] * (mask.ndim - 1), mask.shape[-1]), along(found, mask.ndim - 1, mask.ndim))
 
 
 def windows(trace: Trace, call: Call) -> None:
@@ -87,5 +113,8 @@ RULES: dict[str, Rule] = {
     "aten.index_copy": scatter,
     "aten.scatter": scatter,
     "aten.scatter_add": scatter,
+    "aten.scatter_reduce": scatter,
+    "aten.index_fill": scatter,
+    "aten.masked_scatter": masked_scatter,
     "aten.unfold": windows,
 }

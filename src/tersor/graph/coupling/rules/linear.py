@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tersor.graph.coupling.labels import Blocks, Operand, along, axis, forbid, support, tie, unify
-from tersor.graph.coupling.trace import Call, Rule, Trace
+from tersor.graph.coupling.labels import Blocks, Ledger, Operand, along, axis, forbid, support, tie, unify
+from tersor.graph.coupling.trace import Call, Grouped, Rule, Trace
 
 
 def _spread(operand: Operand, dims: Sequence[int], ndim: int) -> Operand:
@@ -78,13 +78,19 @@ def grouped_multiply(trace: Trace, call: Call) -> None:
             ledger.freeze(block, "this form of grouped product is not known")
         return
     weight = forbid(ledger, weight, 0, "experts are chosen by data")
+    for tensor, blocks in ((left, trace.blocks(left)), (right, weight)):
+        for dim in range(tensor.ndim):
+            if tensor.stride(dim) == 1:
+                _in_runs(ledger, axis(ledger, blocks, dim), 16 // tensor.element_size())
     tie(ledger, axis(ledger, trace.blocks(left), 1), axis(ledger, weight, 1))
     trace.put(call.out, along(axis(ledger, weight, 2), 1, 2))
 
 
-def group_by_position(size: int, groups: int) -> bool:
-    """How grouped channels are cut: the same positions of every group, or whole groups; whichever is finer."""
-    return size // groups >= groups
+def _in_runs(ledger: Ledger, labels: Tensor | None, least: int) -> None:
+    """Rows must begin at multiples of 16 bytes, so runs of entries go; of 8, if possible: that fits 16-bit numbers."""
+    if labels is not None:
+        runs = labels.reshape(-1, 8 if len(labels) % 8 == 0 else least)
+        ledger.unite(runs, runs[:, :1])
 
 
 def convolution(trace: Trace, call: Call) -> None:
@@ -126,17 +132,15 @@ def _grouped(
         return None
     per_group = channels // groups
     number = trace.written([groups])[0]
+    if min(per_group, outputs // groups) > 1 and not transposed:
+        trace.grouped.append(Grouped(inputs.reshape(groups, per_group), first.reshape(groups, -1), second, number))
+        return first
     if transposed:
         ledger.unite(inputs, first)
-    if min(per_group, outputs // groups) > 1 and group_by_position(min(channels, outputs), groups):
+    if min(per_group, outputs // groups) > 1 and min(channels, outputs) >= groups**2:
         position = inputs.reshape(groups, per_group)
         ledger.unite(position, position[:1])
-        if transposed:
-            return None if second is None else second.repeat(groups)
-        tie(ledger, position[0], second)
-        rows = first.reshape(groups, -1)
-        ledger.unite(rows, rows[:1])
-        return first
+        return None if second is None else second.repeat(groups)
     whole = inputs.reshape(groups, per_group)
     ledger.unite(whole, whole[:, :1])
     if second is not None:
@@ -148,12 +152,46 @@ def _grouped(
     return whole[:, :1].expand(groups, outputs // groups).reshape(-1)
 
 
+def trilinear(trace: Trace, call: Call) -> None:
+    """`_trilinear`, of which `nn.Bilinear` is made: a product of three, summed over some dimensions."""
+    operands = []
+    for tensor, dims in zip(call.args[:3], call.args[3:6], strict=True):
+        shape, blocks = list(tensor.shape), list(trace.blocks(tensor))
+        for dim in dims:
+            shape.insert(dim, 1)
+            blocks = [block.unsqueeze(dim) for block in blocks]
+        operands.append(Operand(tuple(shape), tuple(blocks)))
+    summed = {int(dim) for dim in call.args[6]}
+    kept = [block for block in unify(trace.ledger, operands, apart=summed) if not support(block) & summed]
+    trace.put(
+        call.out, tuple(block.reshape([n for dim, n in enumerate(block.shape) if dim not in summed]) for block in kept)
+    )
+
+
+def distances(trace: Trace, call: Call) -> None:
+    """`cdist`: `[…, P, M]` and `[…, R, M]`, every pair; the distance runs over `M` on both sides."""
+    left, right = call.args[0], call.args[1]
+    batch, space = call.out.ndim - 2, call.out.ndim + 1
+    operands = []
+    for tensor, place in ((left, batch), (right, batch + 1)):
+        lead = list(range(batch - tensor.ndim + 2, batch))
+        operands.append(_spread(trace.operand(tensor), [*lead, place, batch + 2], space))
+    blocks = unify(trace.ledger, operands, apart={batch + 2})
+    trace.put(call.out, tuple(block.squeeze(batch + 2) for block in blocks if support(block) != {batch + 2}))
+
+
 def embedding(trace: Trace, call: Call) -> None:
     """A table `[V, C]` by indices: rows are chosen by data, columns can go."""
     weight, indices = call.args[0], call.args[1]
     columns = axis(trace.ledger, forbid(trace.ledger, trace.blocks(weight), 0, ""), 1)
     lead = tuple(block.unsqueeze(-1) for block in trace.blocks(indices))
     trace.put(call.out, lead + along(columns, call.out.ndim - 1, call.out.ndim))
+
+
+def embedding_bag(trace: Trace, call: Call) -> None:
+    """Sums, means or maxima of rows of a table `[V, C]` that data chooses; columns can go."""
+    columns = axis(trace.ledger, forbid(trace.ledger, trace.blocks(call.args[0]), 0, ""), 1)
+    trace.put(call.out[0], along(columns, 1, 2))
 
 
 RULES: dict[str, Rule] = {
@@ -163,7 +201,13 @@ RULES: dict[str, Rule] = {
     "aten.baddbmm": add_multiply,
     "aten.mv": matrix_vector,
     "aten.dot": matrix_vector,
+    "aten.vdot": matrix_vector,
+    "aten._trilinear": trilinear,
+    "aten._cdist_forward": distances,
+    "aten._euclidean_dist": distances,
     "aten._grouped_mm": grouped_multiply,
     "aten.convolution": convolution,
     "aten.embedding": embedding,
+    "aten._embedding_bag": embedding_bag,
+    "aten._embedding_bag_forward_only": embedding_bag,
 }

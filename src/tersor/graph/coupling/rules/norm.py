@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tersor.graph.coupling.labels import Blocks, Operand, along, axis, forbid, support, tie, unify
-from tersor.graph.coupling.rules.linear import group_by_position
 from tersor.graph.coupling.trace import Call, Rule, Trace
 
 
 def batch_norm(trace: Trace, call: Call) -> None:
-    """Every channel by itself: its scale, shift and running statistics go with it."""
+    """Every channel by itself: its scale, shift and statistics go with it; new statistics run over what stays."""
     image = call.args[0]
     out = call.out[0] if isinstance(call.out, tuple | list) else call.out
     channels = axis(trace.ledger, trace.blocks(image), 1)
     others = tuple(block for block in trace.blocks(image) if 1 not in support(block))
-    if call.name == "aten.native_batch_norm" and call.argument(5, "training"):
-        others = _fixed(trace, others, [0, *range(2, image.ndim)])
     for tensor in call.args[1:5]:
         if tensor is not None and tensor.numel() > 1:
             tie(trace.ledger, channels, axis(trace.ledger, trace.blocks(tensor), 0))
@@ -57,27 +54,20 @@ def group_norm(trace: Trace, call: Call) -> None:
     for tensor in (weight, bias):
         if tensor is not None:
             tie(ledger, channels, axis(ledger, trace.blocks(tensor), 0))
-    if channels is not None and groups > 1:
-        rows = channels.reshape(groups, -1)
-        if group_by_position(len(channels), groups):
-            ledger.unite(rows, rows[:1])
-        else:
-            ledger.unite(rows, rows[:, :1])
-            trace.require(trace.written([groups])[0], (rows[:, 0],), 0)
+    if channels is not None and 1 < groups < len(channels):
+        rows = trace.require(trace.written([groups])[0], (channels.reshape(groups, -1),), 0)
+        trace.splits += [block for block in rows if len(support(block)) > 1]
+    elif channels is not None and groups > 1:
+        trace.require(trace.written([groups])[0], (channels,), 0)
     others = tuple(block for block in trace.blocks(image) if 1 not in support(block))
     others = _fixed(trace, others, range(2, image.ndim))
     trace.put(call.out[0], (*along(channels, 1, image.ndim), *others))
 
 
 def weight_norm(trace: Trace, call: Call) -> None:
-    """`_weight_norm_interface`: a direction and a length; only the dimension with lengths can be cut."""
-    direction, length, dim = call.args[0], call.args[1], call.argument(2, "dim", 0)
-    blocks = trace.blocks(direction)
-    for other in range(direction.ndim):
-        if other != dim:
-            blocks = forbid(trace.ledger, blocks, other, "a weight norm runs over it")
-    lengths = Operand(tuple(length.shape), trace.blocks(length))
-    trace.put(call.out[0], unify(trace.ledger, [Operand(tuple(direction.shape), blocks), lengths]))
+    """`_weight_norm_interface`: a direction and lengths along one dimension; the norm runs over what stays."""
+    direction, lengths = call.args[0], call.args[1]
+    trace.put(call.out[0], unify(trace.ledger, [trace.operand(direction), trace.operand(lengths)]))
 
 
 def softmax(trace: Trace, call: Call) -> None:

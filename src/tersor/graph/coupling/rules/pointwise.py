@@ -80,14 +80,49 @@ def ordered(trace: Trace, call: Call) -> None:
 
 
 def spatial(trace: Trace, call: Call) -> None:
-    """Pooling and resampling: all but the first two dimensions (batch, channels) are fixed."""
+    """Pooling and resampling: the last one to three dimensions are fixed, but where a window is one wide."""
     image = call.args[0]
-    first = 2 if image.ndim > 3 or "1d" in call.name or "linear1d" in call.name else 1
+    count = next(number for number in (1, 2, 3) if f"{number}d" in call.name)
     blocks: Blocks = trace.blocks(image)
-    for dim in range(first, image.ndim):
-        blocks = forbid(trace.ledger, blocks, dim, "it is a spatial dimension")
+    for place in range(count):
+        if not _untouched(call, place, count):
+            dim = image.ndim - count + place
+            blocks = forbid(trace.ledger, blocks, dim, "it is a spatial dimension")
     for out in tensors_in(call.out):
         trace.put(out, tuple(blocks))
+
+
+def _untouched(call: Call, place: int, count: int) -> bool:
+    """Whether a window is one wide and moves by one along a dimension, so that every entry stays by itself."""
+    if call.name.removeprefix("aten.").split("_pool")[0] not in ("avg", "max"):
+        return False
+
+    def at(position: int, name: str, default: int) -> int:
+        given = call.argument(position, name, ())
+        listed = list(given) if isinstance(given, tuple | list) else [given]
+        return int(listed[place if len(listed) == count else 0]) if listed else default
+
+    kernel = at(1, "kernel_size", 0)
+    return kernel == 1 and at(2, "stride", kernel) == 1 and at(3, "padding", 0) == 0
+
+
+def complex_parts(trace: Trace, call: Call) -> None:
+    """`view_as_real`, `view_as_complex`: two parts of every number, along a last dimension that comes or vanishes."""
+    source = call.args[0]
+    blocks = trace.blocks(source)
+    if call.name == "aten.view_as_real":
+        trace.put(call.out, tuple(block.unsqueeze(-1) for block in blocks))
+        return
+    blocks = forbid(trace.ledger, blocks, source.ndim - 1, "a complex number has two parts")
+    trace.put(call.out, tuple(block.squeeze(-1) for block in blocks))
+
+
+def fourier(trace: Trace, call: Call) -> None:
+    """Fourier transforms: every frequency depends on all entries."""
+    blocks = trace.blocks(call.args[0])
+    for dim in call.args[1]:
+        blocks = forbid(trace.ledger, blocks, int(dim) % call.out.ndim, "a Fourier transform runs along it")
+    trace.put(call.out, blocks)
 
 
 def factory(trace: Trace, call: Call) -> None:
@@ -115,33 +150,40 @@ def unknown(trace: Trace, call: Call) -> None:
 
 
 def fallback(func: Any) -> Rule:
-    """The rule of an operator that is in no table: element-wise if PyTorch says so, else unknown."""
-    return pointwise if torch.Tag.pointwise in func.tags else unknown
+    """The rule of an operator that is in no table: element-wise if PyTorch says so, also of its form out of place."""
+    packet = getattr(torch.ops.aten, func.overloadpacket.__name__.removesuffix("_"), None)
+    forms = [func, *(getattr(packet, name) for name in (packet.overloads() if packet is not None else ()))]
+    return pointwise if any(torch.Tag.pointwise in form.tags for form in forms) else unknown
 
 
 _SAME = (
     "clone detach alias _to_copy lift_fresh lift_fresh_copy contiguous copy masked_fill where native_dropout "
-    "bernoulli _conj resolve_conj view_as_real fill zero view_as hardswish "
-    "log_sigmoid_forward _prelu_kernel polar complex real imag isin special_ndtr dropout alpha_dropout"
+    "bernoulli _conj resolve_conj _neg_view fill zero view_as hardswish floor_divide bucketize "
+    "log_sigmoid_forward _prelu_kernel polar complex real imag isin special_ndtr dropout alpha_dropout "
+    "uniform normal exponential geometric log_normal cauchy random poisson rrelu_with_noise"
 )
 _REDUCTIONS = (
-    "sum mean amax amin aminmax var std var_mean std_mean prod any all norm linalg_vector_norm logsumexp max min median"
+    "sum mean amax amin aminmax var std var_mean std_mean prod any all norm linalg_vector_norm logsumexp max min "
+    "median nansum nanmedian count_nonzero"
 )
 _ORDERED = "argmax argmin sort argsort topk cumsum cumprod kthvalue mode logcumsumexp cummax cummin"
 _SPATIAL = (
     "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d "
     "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool1d max_pool1d "
-    "upsample_nearest1d upsample_nearest2d "
+    "adaptive_max_pool3d max_unpool2d max_unpool3d fractional_max_pool2d fractional_max_pool3d "
+    "upsample_nearest1d upsample_nearest2d _upsample_nearest_exact1d _upsample_nearest_exact3d "
     "upsample_nearest3d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
     "upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
-    "replication_pad1d replication_pad2d grid_sampler_2d"
+    "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d grid_sampler_2d grid_sampler_3d"
 )
 _FACTORIES = (
     "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty zeros_like ones_like full_like "
     "empty_like rand_like randn_like empty_strided new_empty_strided"
 )
 _CONSTANTS = (
-    "arange scalar_tensor linspace eye _local_scalar_dense nonzero is_nonzero equal bincount histc tril_indices"
+    "arange scalar_tensor linspace logspace eye _local_scalar_dense nonzero is_nonzero equal bincount histc "
+    "tril_indices triu_indices randperm hann_window hamming_window bartlett_window blackman_window kaiser_window "
+    "affine_grid_generator"
 )
 
 RULES: dict[str, Rule] = {
@@ -151,4 +193,9 @@ RULES: dict[str, Rule] = {
     **{f"aten.{name}": spatial for name in _SPATIAL.split()},
     **{f"aten.{name}": factory for name in _FACTORIES.split()},
     **{f"aten.{name}": constant for name in _CONSTANTS.split()},
+    "aten.view_as_real": complex_parts,
+    "aten.view_as_complex": complex_parts,
+    "aten._fft_r2c": fourier,
+    "aten._fft_c2r": fourier,
+    "aten._fft_c2c": fourier,
 }

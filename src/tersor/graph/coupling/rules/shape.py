@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,11 +9,14 @@ from torch import Tensor
 
 from tersor.graph.coupling.labels import (
     Blocks,
+    along,
+    axis,
     compact,
     disjoint,
     forbid,
     restrict,
     support,
+    tie,
 )
 from tersor.graph.coupling.trace import Call, Rule, Trace
 
@@ -114,21 +116,67 @@ def repeat(trace: Trace, call: Call) -> None:
             shaped.repeat([count if dim in support(shaped) else 1 for dim, count in enumerate(times)]),
         )
     for dim, number in enumerate(trace.written(times)):
-        if number > 1 and (dim < extra or source.shape[dim - extra] == 1):
-            blocks += trace.sized(number, call.out.shape[dim], dim, call.out.ndim)
+        size = 1 if dim < extra else source.shape[dim - extra]
+        if number > 1 and not any(dim in support(block) for block in blocks):
+            for block in trace.sized(number, int(number), dim, call.out.ndim):
+                blocks.append(block.repeat_interleave(size, dim))
     trace.put(call.out, tuple(blocks))
 
 
 def strided(trace: Trace, call: Call) -> None:
-    """`as_strided` where it is a reshape; other layouts freeze what they touch."""
+    """`as_strided`: the labels laid out like the tensor itself, taken by the same strides."""
     source, out = call.args[0], call.out
+    offset = call.argument(3, "storage_offset")
+    offset = 0 if offset is None else int(offset) - source.storage_offset()
+
+    def lay(block: Tensor) -> Tensor:
+        plan = torch.empty_strided(source.shape, source.stride(), dtype=block.dtype)
+        return plan.copy_(block.expand(source.shape)).as_strided(out.shape, out.stride(), offset)
+
     blocks = trace.blocks(source)
-    whole = math.prod(call.shape) == out.numel() and out.is_contiguous() and not call.argument(3, "storage_offset")
-    if not whole:
+    reach = offset + sum((size - 1) * step for size, step in zip(out.shape, out.stride(), strict=True))
+    span = sum((size - 1) * step for size, step in zip(source.shape, source.stride(), strict=True))
+    if offset < 0 or reach > span:
         for block in blocks:
             trace.ledger.freeze(block, "it is laid out anew by strides")
         blocks = ()
-    trace.put(out, move_labels(trace, blocks, lambda block: _regroup(block, call.shape, out.shape)))
+    blocks = move_labels(trace, blocks, lay)
+    for dim, number in enumerate(trace.written(out.shape)):
+        if out.shape[dim] > 1:
+            blocks = trace.require(number, blocks, dim)
+    trace.put(out, blocks)
+
+
+def diagonal(trace: Trace, call: Call) -> None:
+    """The diagonal of two dimensions, which lose the same positions; it becomes the last dimension."""
+    source = call.args[0]
+    offset, first, second = (call.argument(place + 1, name, place) for place, name in enumerate(_DIAGONAL))
+    first, second, blocks = first % source.ndim, second % source.ndim, trace.blocks(source)
+    if offset == 0 and source.shape[first] == source.shape[second]:
+        labels = tie(trace.ledger, axis(trace.ledger, blocks, first), axis(trace.ledger, blocks, second))
+    else:
+        labels = None
+        for dim in (first, second):
+            blocks = forbid(trace.ledger, blocks, dim, "one of its diagonals is taken")
+    kept = [block for block in blocks if not support(block) & {first, second}]
+    others = [dim for dim in range(source.ndim) if dim not in (first, second)]
+    moved = tuple(block.permute(*others, first, second).squeeze(-1) for block in kept)
+    trace.put(call.out, moved + along(labels, call.out.ndim - 1, call.out.ndim))
+
+
+_DIAGONAL = ("offset", "dim1", "dim2")
+
+
+def shuffle_channels(trace: Trace, call: Call) -> None:
+    """`channel_shuffle`: the same positions of every group go, so that as many stay in each."""
+    source, groups = call.args[0], int(call.args[1])
+    channels = axis(trace.ledger, trace.blocks(source), 1)
+    blocks = tuple(block for block in trace.blocks(source) if 1 not in support(block))
+    if channels is not None:
+        rows = channels.reshape(groups, -1)
+        trace.ledger.unite(rows, rows[:1])
+        channels = rows.t().reshape(-1)
+    trace.put(call.out, (*along(channels, 1, source.ndim), *blocks))
 
 
 def columns(trace: Trace, call: Call) -> None:
@@ -178,10 +226,14 @@ def roll(trace: Trace, call: Call) -> None:
 
 
 def triangle(trace: Trace, call: Call) -> None:
-    """`tril`, `triu`: the last two dimensions are compared by position."""
-    blocks = trace.blocks(call.args[0])
-    for dim in (-2, -1):
-        blocks = forbid(trace.ledger, blocks, dim % call.out.ndim, "its positions are compared")
+    """`tril`, `triu`: positions of the last two dimensions are compared; cut alike, they keep their order."""
+    source, diagonal = call.args[0], call.argument(1, "diagonal", 0)
+    blocks, rows, columns = trace.blocks(source), source.ndim - 2, source.ndim - 1
+    if diagonal in (0, 1 if call.name == "aten.triu" else -1) and source.shape[rows] == source.shape[columns]:
+        tie(trace.ledger, axis(trace.ledger, blocks, rows), axis(trace.ledger, blocks, columns))
+    else:
+        for dim in (rows, columns):
+            blocks = forbid(trace.ledger, blocks, dim, "its positions are compared")
     trace.put(call.out, blocks)
 
 
@@ -225,4 +277,7 @@ RULES: dict[str, Rule] = {
     "aten.triu": triangle,
     "aten.pixel_shuffle": shuffle_pixels,
     "aten.pixel_unshuffle": shuffle_pixels,
+    "aten.channel_shuffle": shuffle_channels,
+    "aten.native_channel_shuffle": shuffle_channels,
+    "aten.diagonal": diagonal,
 }
