@@ -44,6 +44,7 @@ bench: $(VENV)/.bench ## all benchmarks; DATA points to the CIFAR images and wei
 	$(BIN)/python benchmarks/pruning_training.py --data $(or $(DATA),../shared/data) --chosen benchmarks/results/pruning_accuracy.json --out benchmarks/results/pruning_training.json
 	$(BIN)/python benchmarks/sparse_accuracy.py --data $(or $(DATA),../shared/data) --out benchmarks/results/sparse_accuracy.json
 	$(BIN)/python benchmarks/coupling_speed.py --out benchmarks/results/coupling_speed.json
+	$(BIN)/python benchmarks/number_formats.py --data $(or $(DATA),../shared/data) --out benchmarks/results/number_formats.json
 
 clean:
 	rm -rf $(VENV) runs

@@ -104,9 +104,35 @@ def pruning_trained() -> str:
     return "\n".join(lines)
 
 
+def number_formats() -> str:
+    """Signal to noise and bytes of rounded weights, by format, granularity and bits."""
+    result = _result("number_formats")
+    bits = sorted({row["bits"] for row in result["rows"]})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in result["rows"]:
+        cell = f"{row['sqnr_db']:.1f} ({row['bytes'] / 1000:,.0f})"
+        cells.setdefault((row["name"], row["granularity"]), {})[row["bits"]] = cell
+    head = f"dB (kB); float32: {result['float32_bytes'] / 1000:,.0f} kB"
+    lines = [
+        f"| {head} | per | {' | '.join(f'{count} bits' for count in bits)} |",
+        f"|---|---|{'---:|' * len(bits)}",
+    ]
+    for (name, granularity), found in cells.items():
+        lines.append(f"| {name} | {granularity} | {' | '.join(found.get(count, '') for count in bits)} |")
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (int8_latency, int8_ratios, int8_compress, environment, pruning_one_shot, pruning_trained)
+    for function in (
+        int8_latency,
+        int8_ratios,
+        int8_compress,
+        environment,
+        pruning_one_shot,
+        pruning_trained,
+        number_formats,
+    )
 }
 
 

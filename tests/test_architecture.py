@@ -46,6 +46,12 @@ METHODS = sorted(
         "prune/regularise.py",
         "prune/structured.py",
         "prune/unstructured.py",
+        "quantize/formats/codebook.py",
+        "quantize/formats/floats.py",
+        "quantize/formats/kmeans.py",
+        "quantize/formats/normal_float.py",
+        "quantize/formats/powers.py",
+        "quantize/formats/uniform.py",
         "quantize/static.py",
         "train/loop.py",
     }

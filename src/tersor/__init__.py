@@ -1,6 +1,6 @@
 """tersor makes trained PyTorch models small and fast, and proves what it cost."""
 
-from tersor import graph, measure, prune
+from tersor import graph, measure, prune, quantize
 from tersor.core.artifact import Manifest
 from tersor.core.budget import Budget
 from tersor.core.candidate import Candidate
@@ -35,4 +35,5 @@ __all__ = [
     "load",
     "measure",
     "prune",
+    "quantize",
 ]

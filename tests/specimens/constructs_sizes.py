@@ -121,7 +121,7 @@ def grouped_heads() -> nn.Module:
         x = x + m.positions(x.transpose(1, 2)).transpose(1, 2)
         return m.head(x + m.attention(x))
 
-    positions = nn.Conv1d(32, 32, 3, padding=1, groups=4)
+    positions = nn.Conv1d(32, 32, 9, padding=4, groups=4)  # the padding is no number of groups
     return Constructed(
         run, inner=nn.Linear(24, 32), positions=positions, attention=FoldedHeads(32, 4), head=nn.Linear(32, CLASSES)
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tersor.graph.coupling.integers import Traced
 from tersor.graph.coupling.labels import Blocks, Ledger, Operand, along, axis, forbid, support, tie, unify
 from tersor.graph.coupling.trace import Call, Grouped, Rule, Trace
 
@@ -131,7 +132,8 @@ def _grouped(
                 ledger.freeze(labels, "it meets a dimension that is fixed")
         return None
     per_group = channels // groups
-    number = trace.written([groups])[0]
+    given = trace.function[1] if trace.function is not None else []
+    number = next((value for value in reversed(given) if value == groups), Traced(groups))  # after strides and padding
     if min(per_group, outputs // groups) > 1 and not transposed:
         trace.grouped.append(Grouped(inputs.reshape(groups, per_group), first.reshape(groups, -1), second, number))
         return first
