@@ -205,7 +205,7 @@ OPERATORS = [
     Specimen("weight_norms", weight_norms, images(16, 16)),
     Specimen("spectral_norms", spectral_norms, images(16, 16, grow=0), export=False),
     Specimen("triangles", triangles, SEQUENCES),
-    Specimen("bilinear", bilinear, SEQUENCES),
+    Specimen("bilinear", bilinear, SEQUENCES, export=False),  # ONNX has no cdist
     Specimen("bags", bags, lambda variant: (integers(40, 3 + variant, 7, seed=variant),)),
     Specimen("scattered", scattered, graph, export=False),
     # ONNX has no complex numbers.
