@@ -35,7 +35,10 @@ FAST = {
     *(f"convolutional/{name}" for name in ("resnet_a", "mobilenet_v3")),
     *(f"transformers/{name}" for name in ("bert_sdpa", "gpt2_eager", "llama_gqa_sdpa", "qwen2", "vit_sdpa")),
 } - {"constructs/window_merging", "constructs/experts_weighed"}
-REMEMBERS = {"constructs/remembered_length", "transformers/segformer"}  # any call leaves something in the model
+REMEMBERS = {  # any call leaves something in the model
+    "constructs/remembered_length",
+    *(f"transformers/{name}" for name in ("funnel", "segformer")),
+}
 NOTHING_GOES = {"constructs/made_inside"}  # their `forward` makes weights of fixed widths
 
 

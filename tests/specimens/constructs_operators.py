@@ -203,17 +203,17 @@ def graph(variant: int) -> tuple[Any, ...]:
 
 OPERATORS = [
     Specimen("weight_norms", weight_norms, images(16, 16)),
-    Specimen("spectral_norms", spectral_norms, images(16, 16, grow=0), export=False),
+    Specimen("spectral_norms", spectral_norms, images(16, 16, grow=0)),
     Specimen("triangles", triangles, SEQUENCES),
-    Specimen("bilinear", bilinear, SEQUENCES, export=False),  # ONNX has no cdist
+    # ONNX has no distances between few points.
+    Specimen("bilinear", bilinear, SEQUENCES, export=False),
     Specimen("bags", bags, lambda variant: (integers(40, 3 + variant, 7, seed=variant),)),
-    Specimen("scattered", scattered, graph, export=False),
-    # ONNX has no complex numbers.
-    Specimen("frequencies", frequencies, images(16, 16, grow=0), export=False),
-    Specimen("rotated_pairs", rotated_pairs, SEQUENCES, export=False),
+    Specimen("scattered", scattered, graph),
+    Specimen("frequencies", frequencies, images(16, 16, grow=0)),
+    Specimen("rotated_pairs", rotated_pairs, SEQUENCES),
     Specimen("standardised", standardised, images(16, 16)),
     Specimen("narrow_windows", narrow_windows, SEQUENCES),
     Specimen("overlapping_chunks", overlapping_chunks, tensors((2, 8, 24), (3, 12, 24))),
     Specimen("shuffled_natively", shuffled_natively, images(16, 16)),
-    Specimen("filled_in", filled_in, words_and_image, export=False),
+    Specimen("filled_in", filled_in, words_and_image),
 ]

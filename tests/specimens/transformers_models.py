@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from specimens.transformers_other import OTHER
 from specimens.transformers_text import TEXT
 from specimens.transformers_vision import VISION
 
-TRANSFORMERS = [*VISION, *TEXT]
+TRANSFORMERS = [*VISION, *TEXT, *OTHER]

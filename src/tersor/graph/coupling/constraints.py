@@ -111,15 +111,15 @@ def settle_groups(trace: Trace) -> None:
 
 
 def _freedom(numbers: Sequence[Tensor]) -> int:
-    """How many classes are left when the entries of every row go together."""
+    """How many classes are left of the poorest part when the entries of every row go together."""
     ids, found = np.unique(torch.cat([part.flatten() for part in numbers]).numpy(), return_inverse=True)
-    places = torch.from_numpy(found)
-    links, start = Ledger(len(ids) + 1), 0
-    for part in numbers:
-        rows = places[start : start + part.numel()].reshape(part.shape) + 1
+    spots = np.split(found + 1, np.cumsum([part.numel() for part in numbers])[:-1])
+    links = Ledger(len(ids) + 1)
+    for part, labels in zip(numbers, spots, strict=True):
+        rows = torch.from_numpy(labels).reshape(part.shape)
         links.unite(rows, rows[:, :1])
-        start += part.numel()
-    return len(set(links.classes()[1:].tolist()))
+    classes = links.classes()
+    return min(len(np.unique(classes[labels])) for labels in spots)
 
 
 def keep_rectangular(trace: Trace) -> None:

@@ -199,8 +199,9 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
     What the model itself has set meanwhile stays, as plain integers: a cache goes with the length that it is for.
     """
     before: list[tuple[dict[str, Any], str, Any, Any]] = []
+    held = list(owners(model))
     try:
-        for owner, attributes in owners(model):
+        for owner, attributes in held:
             for name, value in list(attributes.items()):
                 if name.startswith("_") or name == "training":
                     continue
@@ -213,9 +214,10 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
         for attributes, name, replaced, value in before:
             if attributes.get(name) is replaced:
                 attributes[name] = value
-        for _, attributes in owners(model):
+        for _, attributes in held:
             for name, value in attributes.items():
-                attributes[name] = _plain(value)
+                if type(value) in (Traced, Shape, tuple, list):
+                    attributes[name] = _plain(value)
 
 
 def write_integer(holder: dict[str, Any], attribute: Attribute, value: int) -> None:

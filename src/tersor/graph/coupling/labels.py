@@ -39,6 +39,7 @@ class Ledger:
     where: str = ""
     _pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    _known: tuple[tuple[int, int], np.ndarray[tuple[int], np.dtype[np.int32]]] | None = None
 
     def fresh(self, size: int) -> Tensor:
         """New labels, `[size]`."""
@@ -48,8 +49,8 @@ class Ledger:
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """Entries of two label tensors (of shapes that broadcast) go together; whatever meets label 0 is frozen."""
-        shape = torch.broadcast_shapes(left.shape, right.shape)  # type: ignore[no-untyped-call]
-        left, right = left.expand(shape), right.expand(shape)
+        if left.shape != right.shape:
+            left, right = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
         different = left != right
         if not bool(different.any()):
             return
@@ -68,7 +69,10 @@ class Ledger:
             self._frozen.append((labels.clone(), f"{reason} ({self.where})" if reason and self.where else reason))
 
     def classes(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """Label -> number of its class, `[count]`."""
+        """Label -> number of its class, `[count]`; not to be written to."""
+        state = (self.count, len(self._pairs))
+        if self._known is not None and self._known[0] == state:
+            return self._known[1]
         if self._pairs:
             left = torch.cat([pair[0] for pair in self._pairs]).numpy()
             right = torch.cat([pair[1] for pair in self._pairs]).numpy()
@@ -76,7 +80,8 @@ class Ledger:
             left = right = np.zeros(0, dtype=np.int64)
         links = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self.count, self.count))
         _, found = connected_components(links, directed=False)
-        return np.asarray(found)
+        self._known = (state, np.asarray(found))
+        return self._known[1]
 
     def frozen(self, classes: np.ndarray[tuple[int], np.dtype[np.int32]]) -> dict[int, str]:
         """Class -> why it is frozen: the first reason that was given."""
@@ -175,7 +180,13 @@ def disjoint(ledger: Ledger, blocks: Sequence[Tensor], learned: int) -> Blocks:
     classes = torch.from_numpy(ledger.classes())
     known = torch.zeros(ledger.count, dtype=torch.bool)
     known[classes[:learned]] = True
-    ranked = sorted(blocks, key=lambda block: (not bool(known[classes[block]].any()), int(block.min())))
+    known[classes[FIXED]] = False
+
+    def rank(block: Tensor) -> tuple[bool, int]:
+        labels = block[block != FIXED]
+        return not bool(known[classes[labels]].any()), int(labels.min()) if len(labels) else ledger.count
+
+    ranked = sorted(blocks, key=rank)
     taken: set[int] = set()
     result: list[Tensor] = []
     for block in ranked:

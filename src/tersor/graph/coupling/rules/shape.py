@@ -150,8 +150,9 @@ def strided(trace: Trace, call: Call) -> None:
 def diagonal(trace: Trace, call: Call) -> None:
     """The diagonal of two dimensions, which lose the same positions; it becomes the last dimension."""
     source = call.args[0]
-    offset, first, second = (call.argument(place + 1, name, place) for place, name in enumerate(_DIAGONAL))
-    first, second, blocks = first % source.ndim, second % source.ndim, trace.blocks(source)
+    offset = call.argument(1, "offset", 0)
+    first, second = (int(call.argument(*given)) % source.ndim for given in ((2, "dim1", 0), (3, "dim2", 1)))
+    blocks = trace.blocks(source)
     if offset == 0 and source.shape[first] == source.shape[second]:
         labels = tie(trace.ledger, axis(trace.ledger, blocks, first), axis(trace.ledger, blocks, second))
     else:
@@ -162,9 +163,6 @@ def diagonal(trace: Trace, call: Call) -> None:
     others = [dim for dim in range(source.ndim) if dim not in (first, second)]
     moved = tuple(block.permute(*others, first, second).squeeze(-1) for block in kept)
     trace.put(call.out, moved + along(labels, call.out.ndim - 1, call.out.ndim))
-
-
-_DIAGONAL = ("offset", "dim1", "dim2")
 
 
 def shuffle_channels(trace: Trace, call: Call) -> None:
