@@ -104,6 +104,21 @@ def pruning_trained() -> str:
     return "\n".join(lines)
 
 
+def coupling_speed() -> str:
+    """Finding, cutting and checking, by size of the model."""
+    lines = [
+        "| million parameters | coupling s | scoring and surgery s | full verification s "
+        "| extra memory per model byte |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in _result("coupling_speed")["rows"]:
+        lines.append(
+            f"| {row['parameters'] / 1e6:.0f} | {row['coupling_s']:.2f} | {row['surgery_s']:.2f} | "
+            f"{row['verification_s']:.1f} | {row['extra_memory_per_model_byte']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def number_formats() -> str:
     """Signal to noise and bytes of rounded weights, by format, granularity and bits."""
     result = _result("number_formats")
@@ -131,6 +146,7 @@ RENDERERS: dict[str, Callable[[], str]] = {
         environment,
         pruning_one_shot,
         pruning_trained,
+        coupling_speed,
         number_formats,
     )
 }
