@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.core.batch import Batch, as_batch
 from tersor.errors import ConfigError, CoverageError, UnsupportedError
 from tersor.graph import Coupling, Frozen, Verifier, apply_surgery, couple, plan_surgery
 from tersor.graph.coupling import Run, runs_of
 from tersor.graph.coupling.trace import Rule
 from tersor.probe import collect, multiply_accumulates
 from tersor.prune.allocation import reach
+from tersor.prune.outcome import count_parameters
 from tersor.prune.scoring import Scorer
 from tersor.prune.sparsity import FROM_LOSS, batches_of
 from tersor.prune.structure import DEFAULT_AMOUNT, Structure, choose
@@ -110,6 +112,19 @@ class Material:
                 "(outputs, labels) -> scalar"
             )
         return cls(examples, None if data is None else list(batches_of(data)), loss, rules)
+
+
+def given_batches(data: Any, loss: Loss | None, *, by_loss: bool) -> list[Batch] | None:
+    """Data as batches; None without any.
+
+    Raises:
+        ConfigError: if losses are to be compared, `by_loss`, and data or a loss is missing.
+    """
+    if by_loss and (data is None or loss is None):
+        raise ConfigError(
+            "criterion 'loss' needs data=..., batches of examples, and loss=..., (outputs, labels) -> scalar"
+        )
+    return None if data is None else [as_batch(item, f"batch {n}") for n, item in enumerate(batches_of(data))]
 
 
 @contextmanager
@@ -270,5 +285,5 @@ def size_of(model: nn.Module, goal: str, run: Run) -> int:
     if goal == "macs":
         return multiply_accumulates(model, *run)
     if goal == "parameters":
-        return sum(parameter.numel() for parameter in model.parameters())
+        return count_parameters(model)
     return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])

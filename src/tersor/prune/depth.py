@@ -8,26 +8,26 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from tersor.core.batch import Batch, as_batch
+from tersor.core.batch import Batch
 from tersor.core.config import Config
 from tersor.core.surgery import SkippedBlock, Surgery
-from tersor.errors import ConfigError, CoverageError, ModelError, SurgeryError
+from tersor.errors import CoverageError, ModelError, SurgeryError
 from tersor.graph import Frozen, Verdict, apply_surgery
 from tersor.graph.blocks import bypassed, find_blocks
 from tersor.graph.coupling import Run, runs_of
 from tersor.graph.coupling.couple import run_model
 from tersor.graph.verify import TOLERANCE, VISIBLE, distance, other_shapes, randomised
-from tersor.probe import multiply_accumulates, reestimate_batchnorm
+from tersor.probe import multiply_accumulates
 from tersor.prune.block_scores import dissimilarity, loss_increase
-from tersor.prune.choosing import Loss, evaluation, set_modes
-from tersor.prune.sparsity import batches_of
+from tersor.prune.choosing import Loss, evaluation, given_batches, set_modes
+from tersor.prune.outcome import Outcome, carried_out, count_parameters
 
 DEFAULT_AMOUNT = 0.25
 
@@ -59,55 +59,23 @@ class Depth(Config):
         return self
 
 
-@dataclass(frozen=True)
-class DepthReport:
-    """A model with fewer blocks and what is known about it.
+@dataclass(frozen=True, kw_only=True)
+class DepthReport(Outcome):
+    """A model with fewer blocks; `Outcome` has what all prunings tell.
 
     Attributes:
-        model: The shallower model.
-        surgery: What was skipped, as data; `tersor.graph.apply_surgery` replays it on a freshly built model.
         removed: Paths of the blocks that went, in the model's order.
         kept: Paths of the blocks that could have gone.
-        frozen: What could not be removed, with the reason.
         scores: Block -> score; empty if the blocks were named.
-        params_before: Number of parameters.
-        params_after: Number of parameters.
-        macs_before: Multiply-accumulates on the first example input.
-        macs_after: Multiply-accumulates on the first example input.
-        max_error: Largest relative difference from the original with the blocks' outputs replaced by their inputs.
-        seconds: Spent on `discovery`, `scoring`, `verification`.
-        notes: What a reader must know.
     """
 
-    model: nn.Module
-    surgery: Surgery
     removed: tuple[str, ...]
     kept: tuple[str, ...]
-    frozen: list[Frozen]
     scores: Mapping[str, float]
-    params_before: int
-    params_after: int
-    macs_before: int
-    macs_after: int
-    max_error: float | None
-    seconds: Mapping[str, float]
-    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        def change(name: str, before: int, after: int) -> str:
-            return f"{name} {before:,} -> {after:,} ({1 - after / max(1, before):.1%} removed)"
-
-        return "\n".join(
-            [
-                f"blocks removed: {len(self.removed)} of {len(self.removed) + len(self.kept)} "
-                f"({', '.join(self.removed)})",
-                change("parameters", self.params_before, self.params_after),
-                change("MACs", self.macs_before, self.macs_after),
-                "not verified" if self.max_error is None else f"verified, max relative error {self.max_error:.1e}",
-                *(f"frozen {item.name}: {item.reason}" for item in self.frozen),
-                *self.notes,
-            ]
-        )
+        names = f"({', '.join(self.removed)})"
+        return self.told([f"blocks removed: {len(self.removed)} of {len(self.removed) + len(self.kept)} {names}"])
 
 
 def depth(
@@ -144,11 +112,7 @@ def depth(
         SurgeryError: if a named block does not exist or cannot go.
     """
     wanted = Depth(**settings)
-    if wanted.blocks is None and wanted.criterion == "loss" and (data is None or loss is None):
-        raise ConfigError(
-            "criterion 'loss' needs data=..., batches of examples, and loss=..., (outputs, labels) -> scalar"
-        )
-    batches = None if data is None else [as_batch(item, f"batch {n}") for n, item in enumerate(batches_of(data))]
+    batches = given_batches(data, loss, by_loss=wanted.blocks is None and wanted.criterion == "loss")
     with evaluation(model) as modes:
         report = _Operation(model, runs_of(example_inputs), wanted, batches, loss).run(inplace)
     set_modes(report.model, modes)
@@ -185,15 +149,9 @@ class _Operation:
         if self.settings.verify and removed:
             self._prove(removed)
         self.seconds["verification"] = time.perf_counter() - started
-        before, macs = _count(self.model), multiply_accumulates(self.model, *self.runs[0])
-        result = apply_surgery(copy.deepcopy(self.model), surgery)
-        if self.batches is not None and removed:
-            count = reestimate_batchnorm(result, self.batches)
-            if count:
-                self.notes.append(f"statistics of {count} BatchNorm layers re-estimated")
-        if inplace:
-            state, result = result.state_dict(), apply_surgery(self.model, surgery)
-            result.load_state_dict(state)
+        before, macs = count_parameters(self.model), multiply_accumulates(self.model, *self.runs[0])
+        result, notes = carried_out(self.model, surgery, self.batches, inplace)
+        self.notes += notes
         gone = {block.path for block in removed} | {item.name for item in self.frozen}
         return DepthReport(
             model=result,
@@ -203,7 +161,7 @@ class _Operation:
             frozen=self.frozen,
             scores=scores,
             params_before=before,
-            params_after=_count(result),
+            params_after=count_parameters(result),
             macs_before=macs,
             macs_after=multiply_accumulates(result, *self.runs[0]),
             max_error=self.error,
@@ -323,7 +281,3 @@ def compare_skipped(
 def _outputs(model: nn.Module, blocks: Sequence[SkippedBlock], runs: Sequence[Run]) -> list[Any]:
     with bypassed(model, blocks), torch.no_grad():
         return [run_model(model, *copy.deepcopy(run)) for run in runs]
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from tersor.core.context import Context
-from tersor.core.report import FrozenPart, PrunedFamily, Pruning
+from tersor.core.report import PrunedFamily, Pruning
 from tersor.core.task import Role
+from tersor.probe import Need
 from tersor.prune.depth import Depth, DepthReport, depth
-from tersor.prune.measured import check_labels, loss_of
 from tersor.prune.sparsity import FROM_LOSS
-from tersor.prune.steps import Cutting, Pruned, Whole, coverage, examples, macs_of
+from tersor.prune.steps import Cutting, Pruned, Whole, macs_of, told
 
 
 class DepthStep(Cutting, Depth):
@@ -22,26 +22,21 @@ class DepthStep(Cutting, Depth):
     """
 
     name: ClassVar[str] = "prune.depth"
+    instead: ClassVar[str] = "similarity"
 
     @property
     def needs(self) -> frozenset[Role]:
         """The calibrate split, if losses are compared."""
         return frozenset({"calibrate"}) if self.criterion == "loss" and self.blocks is None else frozenset()
 
-    def prune(self, module: nn.Module, context: Context) -> Pruned:
-        """As `Cutting.prune`; `SurgeryError` if a named block does not exist or cannot go."""
-        batches = self.batches(context)
-        needs = FROM_LOSS if self.needs else frozenset()
-        check_labels(batches or (), needs, self.name, self.criterion, instead="similarity")
-        whole = Whole.of(module, context)
-        report = depth(
-            module,
-            examples(context.task),
-            data=batches,
-            loss=loss_of(context.task),
-            inplace=True,
-            **{name: getattr(self, name) for name in Depth.model_fields},
-        )
+    @property
+    def judged(self) -> tuple[str, frozenset[Need]]:
+        """As `Cutting.judged`."""
+        return self.criterion, FROM_LOSS if self.needs else frozenset()
+
+    def cut(self, module: nn.Module, whole: Whole, context: Context, **given: Any) -> Pruned:
+        """As `Cutting.cut`; `SurgeryError` if a named block does not exist or cannot go."""
+        report = depth(module, **given, **{name: getattr(self, name) for name in Depth.model_fields})
         return Pruned(report, pruning_of(report, whole, macs_of(module, context)))
 
 
@@ -58,18 +53,14 @@ def pruning_of(report: DepthReport, whole: Whole, macs_after: int) -> Pruning:
         for block in (*report.removed, *report.kept)
     }
     inside = [path for path in whole.sizes if any(path.startswith(f"{block}.") for block in blocks)]
-    return Pruning(
-        parameters_before=report.params_before,
-        parameters_after=report.params_after,
-        macs_before=whole.macs,
-        macs_after=macs_after,
+    return told(
+        report,
+        whole,
+        macs_after,
         amount=len(report.removed) / max(1, len(blocks)),
-        coverage=coverage(inside, whole.sizes),
+        touched=inside,
         families=[
             PrunedFamily(name=block, kind="block", units=1, kept=int(block in report.kept), layers=layers)
             for block, layers in sorted(blocks.items(), key=lambda item: [whole.layers.index(x) for x in item[1][:1]])
         ],
-        frozen=[FrozenPart(name=item.name, reason=item.reason) for item in report.frozen],
-        max_error=report.max_error,
-        layers=whole.layers,
     )

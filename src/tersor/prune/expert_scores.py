@@ -6,8 +6,7 @@ Shapes: `E` experts, `T` tokens, `k` experts that each token is sent to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from tersor.graph.coupling.trace import observed
 from tersor.graph.expert_surgery import outputs_without
 from tersor.graph.experts import Mixture, Mixtures
 from tersor.graph.routing import routing
+from tersor.prune.choosing import Loss
 
-Loss = Callable[[Any, Tensor | None], Tensor]
 Scores = Mapping[str, tuple[float, ...]]
 
 

@@ -5,29 +5,27 @@ Muzio et al. 2024 (SEER-MoE), https://arxiv.org/abs/2404.05089; Lu et al. 2024, 
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
-from tersor.core.batch import Batch, as_batch
+from tersor.core.batch import Batch
 from tersor.core.config import Config
-from tersor.core.surgery import Surgery
-from tersor.errors import ConfigError, CoverageError, SurgeryError
-from tersor.graph import Frozen, apply_surgery
+from tersor.errors import CoverageError, SurgeryError
+from tersor.graph import Frozen
 from tersor.graph.coupling import Run, runs_of
 from tersor.graph.expert_surgery import Verifier, check_removable, plan_experts, together
 from tersor.graph.experts import Mixture, Mixtures, find_mixtures
 from tersor.graph.verify import sound_together
-from tersor.probe import multiply_accumulates, reestimate_batchnorm
-from tersor.prune.choosing import evaluation, set_modes
-from tersor.prune.expert_scores import Loss, Scores, by_chance, loss_increase, usage
-from tersor.prune.sparsity import batches_of
+from tersor.probe import multiply_accumulates
+from tersor.prune.choosing import Loss, evaluation, given_batches, set_modes
+from tersor.prune.expert_scores import Scores, by_chance, loss_increase, usage
+from tersor.prune.outcome import Outcome, carried_out, count_parameters
 
 DEFAULT_AMOUNT = 0.25
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
@@ -60,58 +58,28 @@ class Experts(Config):
         return self
 
 
-@dataclass(frozen=True)
-class ExpertReport:
-    """A model with fewer experts and what is known about it.
+@dataclass(frozen=True, kw_only=True)
+class ExpertReport(Outcome):
+    """A model with fewer experts; `Outcome` has what all prunings tell.
+
+    Experts that no token was sent to count no multiply-accumulates, before or after.
 
     Attributes:
-        model: The smaller model.
-        surgery: What was cut, as data; `tersor.graph.apply_surgery` replays it on a freshly built model.
         removed: Mixture -> numbers of the experts that went, ascending.
         kept: Mixture -> numbers, before, of the experts that stay; of every mixture that could have lost some.
         parts: Mixture -> parameters of its router and experts.
-        frozen: What could not be removed, with the reason.
         scores: Mixture -> score of each expert; empty if the experts were named.
-        params_before: Number of parameters.
-        params_after: Number of parameters.
-        macs_before: Multiply-accumulates on the first example input.
-        macs_after: Multiply-accumulates on the first example input; experts that were not chosen cost nothing before.
-        max_error: Largest relative difference from the original in which the removed experts can never be chosen.
-        seconds: Spent on `discovery`, `scoring`, `verification`.
-        notes: What a reader must know.
     """
 
-    model: nn.Module
-    surgery: Surgery
     removed: Mapping[str, tuple[int, ...]]
     kept: Mapping[str, tuple[int, ...]]
     parts: Mapping[str, tuple[str, ...]]
-    frozen: list[Frozen]
     scores: Scores
-    params_before: int
-    params_after: int
-    macs_before: int
-    macs_after: int
-    max_error: float | None
-    seconds: Mapping[str, float]
-    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        def change(name: str, before: int, after: int) -> str:
-            return f"{name} {before:,} -> {after:,} ({1 - after / max(1, before):.1%} removed)"
-
         gone, left = sum(map(len, self.removed.values())), sum(map(len, self.kept.values()))
-        return "\n".join(
-            [
-                f"experts removed: {gone} of {gone + left} in {len(self.kept)} mixtures",
-                *(f"  {name}: {', '.join(map(str, numbers))}" for name, numbers in self.removed.items()),
-                change("parameters", self.params_before, self.params_after),
-                change("MACs", self.macs_before, self.macs_after),
-                "not verified" if self.max_error is None else f"verified, max relative error {self.max_error:.1e}",
-                *(f"frozen {item.name}: {item.reason}" for item in self.frozen),
-                *self.notes,
-            ]
-        )
+        numbers = [f"  {name}: {', '.join(map(str, numbers))}" for name, numbers in self.removed.items()]
+        return self.told([f"experts removed: {gone} of {gone + left} in {len(self.kept)} mixtures", *numbers])
 
 
 def experts(
@@ -148,11 +116,7 @@ def experts(
         NonFiniteError: if a score is NaN or Inf.
     """
     wanted = Experts(**settings)
-    if wanted.experts is None and wanted.criterion == "loss" and (data is None or loss is None):
-        raise ConfigError(
-            "criterion 'loss' needs data=..., batches of examples, and loss=..., (outputs, labels) -> scalar"
-        )
-    batches = None if data is None else [as_batch(item, f"batch {n}") for n, item in enumerate(batches_of(data))]
+    batches = given_batches(data, loss, by_loss=wanted.experts is None and wanted.criterion == "loss")
     with evaluation(model) as modes:
         report = _Operation(model, runs_of(example_inputs), wanted, batches, loss).run(inplace)
     set_modes(report.model, modes)
@@ -191,8 +155,9 @@ class _Operation:
                 names = ", ".join(mixture.unread)
                 self.notes.append(f"{mixture.name}: the examples never read {names}; they keep {mixture.size} entries")
         surgery = plan_experts(self.model, mixtures, removed)
-        before, macs = _count(self.model), multiply_accumulates(self.model, *self.runs[0])
-        result = self._cut(surgery, inplace)
+        before, macs = count_parameters(self.model), multiply_accumulates(self.model, *self.runs[0])
+        result, notes = carried_out(self.model, surgery, self.batches, inplace)
+        self.notes += notes
         stuck = {item.name for item in self.frozen[known:]}
         whole = {mixture.name: mixture for mixture in free if mixture.name not in stuck}
         return ExpertReport(
@@ -204,7 +169,7 @@ class _Operation:
             frozen=self.frozen,
             scores=scores,
             params_before=before,
-            params_after=_count(result),
+            params_after=count_parameters(result),
             macs_before=macs,
             macs_after=multiply_accumulates(result, *self.runs[0]),
             max_error=self.error,
@@ -316,18 +281,6 @@ class _Operation:
         left = part(sound)
         return {name: left[name] for name in removed if name in left}
 
-    def _cut(self, surgery: Surgery, inplace: bool) -> nn.Module:
-        result = apply_surgery(copy.deepcopy(self.model), surgery)
-        if self.batches is not None and surgery != Surgery():
-            count = reestimate_batchnorm(result, self.batches)
-            if count:
-                self.notes.append(f"statistics of {count} BatchNorm layers re-estimated")
-        if not inplace:
-            return result
-        changed = apply_surgery(self.model, surgery)
-        changed.load_state_dict(result.state_dict())
-        return changed
-
 
 def _quota(mixture: Mixture, share: float) -> tuple[int, int]:
     """How many of a mixture's experts, or of each of its groups, are asked for, and how many of them can go."""
@@ -344,7 +297,3 @@ def _parts(model: nn.Module, mixture: Mixture) -> tuple[str, ...]:
     own = {place.parameter for place in mixture.members}
     starts = tuple(f"{path}." for path in mixture.lists)
     return tuple(name for name, _ in model.named_parameters() if name in own or name.startswith(starts))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -18,10 +18,9 @@ from tersor.core.report import FrozenPart, PrunedFamily, Pruning
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role, Task
 from tersor.graph import Family
-from tersor.probe import multiply_accumulates, reestimate_batchnorm
-from tersor.prune.depth import DepthReport
-from tersor.prune.experts import ExpertReport
+from tersor.probe import Need, multiply_accumulates, reestimate_batchnorm
 from tersor.prune.measured import calibration_batches, check_labels, loss_of
+from tersor.prune.outcome import Outcome
 from tersor.prune.structure import Structure
 from tersor.prune.structured import PruneReport, structured
 
@@ -33,7 +32,7 @@ REASONS_SHOWN = 3
 class Pruned:
     """A pruned module: the report of the function, and what of it goes into the run's report."""
 
-    report: PruneReport | DepthReport | ExpertReport
+    report: Outcome
     pruning: Pruning
 
     def notes(self) -> list[str]:
@@ -53,7 +52,24 @@ class Cutting(Step):
     samples: int = Field(default=128, ge=1)
     batch_size: int = Field(default=32, ge=1)
 
+    instead: ClassVar[str]  # a criterion that does without labels
+
+    @property
     @abstractmethod
+    def judged(self) -> tuple[str, frozenset[Need]]:
+        """The criterion, and what it takes from data."""
+
+    @abstractmethod
+    def cut(self, module: nn.Module, whole: Whole, context: Context, **given: Any) -> Pruned:
+        """Prunes `module` in place.
+
+        Args:
+            module: A copy of the candidate's.
+            whole: The module before.
+            context: Of the step.
+            **given: Examples, data, loss: as the functions take them.
+        """
+
     def prune(self, module: nn.Module, context: Context) -> Pruned:
         """Prunes `module` in place, on the examples of the context's task.
 
@@ -61,6 +77,11 @@ class Cutting(Step):
             CoverageError: if nothing can be pruned.
             DataError: if there is no calibrate split, or no labels in it, and something that is measured needs them.
         """
+        batches = self.batches(context)
+        criterion, needs = self.judged
+        check_labels(batches or (), needs, self.name, criterion, instead=self.instead)
+        given = {"example_inputs": examples(context.task), "data": batches, "loss": loss_of(context.task)}
+        return self.cut(module, Whole.of(module, context), context, inplace=True, **given)
 
     def batches(self, context: Context) -> list[Batch] | None:
         """What is measured on, and BatchNorm statistics are averaged over; None without a calibrate split."""
@@ -86,25 +107,21 @@ class Structured(Cutting, Structure):
     """Removes whole channels, heads, neurons and hidden units, and proves that nothing broke; settings: `Structure`."""
 
     name: ClassVar[str] = "prune.structured"
+    instead: ClassVar[str] = "wanda"
 
     @property
     def needs(self) -> frozenset[Role]:
         """The calibrate split, where something is measured."""
         return frozenset({"calibrate"}) if self.needs_evidence else frozenset()
 
-    def prune(self, module: nn.Module, context: Context) -> Pruned:
-        """As `Cutting.prune`."""
-        batches = self.batches(context)
-        check_labels(batches or (), self.needs_evidence, self.name, self.criterion)
-        whole = Whole.of(module, context)
-        report = structured(
-            module,
-            examples(context.task),
-            data=batches,
-            loss=loss_of(context.task),
-            inplace=True,
-            **for_examples(self),
-        )
+    @property
+    def judged(self) -> tuple[str, frozenset[Need]]:
+        """As `Cutting.judged`; compensation takes its part as well."""
+        return self.criterion, self.needs_evidence
+
+    def cut(self, module: nn.Module, whole: Whole, context: Context, **given: Any) -> Pruned:
+        """As `Cutting.cut`."""
+        report = structured(module, **given, **for_examples(self))
         return Pruned(report, pruning_of(report, whole, macs_of(module, context)))
 
     def hold_masks(self, cut: Candidate, context: Context) -> None:
@@ -151,13 +168,12 @@ def pruning_of(report: PruneReport, whole: Whole, macs_after: int) -> Pruning:
     """
     cuts = {cut.name: cut for cut in report.families}
     families = [family for family in report.coupling.families if family.name in cuts]
-    return Pruning(
-        parameters_before=report.params_before,
-        parameters_after=report.params_after,
-        macs_before=whole.macs,
-        macs_after=macs_after,
+    return told(
+        report,
+        whole,
+        macs_after,
         amount=report.amount,
-        coverage=coverage(touched(families), whole.sizes),
+        touched=touched(families),
         families=[
             PrunedFamily(
                 name=family.name,
@@ -168,8 +184,41 @@ def pruning_of(report: PruneReport, whole: Whole, macs_after: int) -> Pruning:
             )
             for family in families
         ],
+        unused=report.unused,
+    )
+
+
+def told(
+    report: Outcome,
+    whole: Whole,
+    macs_after: int,
+    *,
+    amount: float,
+    touched: Iterable[str],
+    families: list[PrunedFamily],
+    unused: Iterable[str] = (),
+) -> Pruning:
+    """What the run's report keeps of any pruning.
+
+    Args:
+        report: What was done.
+        whole: The module before.
+        macs_after: At batch 1.
+        amount: Share of the units that went.
+        touched: Paths of the parameters that some unit owns a part of.
+        families: Of units.
+        unused: Parameters that the examples never reached.
+    """
+    return Pruning(
+        parameters_before=report.params_before,
+        parameters_after=report.params_after,
+        macs_before=whole.macs,
+        macs_after=macs_after,
+        amount=amount,
+        coverage=coverage(touched, whole.sizes),
+        families=families,
         frozen=[FrozenPart(name=item.name, reason=item.reason) for item in report.frozen],
-        unused=list(report.unused),
+        unused=list(unused),
         max_error=report.max_error,
         layers=whole.layers,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from tersor.core.surgery import Surgery
 from tersor.errors import CoverageError
-from tersor.graph import Coupling, Frozen, Verdict, apply_surgery, compare, plan_surgery
+from tersor.graph import Coupling, Verdict, apply_surgery, compare, plan_surgery
 from tersor.graph.coupling import runs_of
 from tersor.graph.coupling.trace import Rule
 from tersor.graph.verify import sound_together
-from tersor.probe import multiply_accumulates, reestimate_batchnorm
+from tersor.probe import multiply_accumulates
 from tersor.prune.choosing import Choosing, Loss, Material, Timer, evaluation, set_modes, size_of
 from tersor.prune.compensate import compensate
+from tersor.prune.outcome import Outcome, with_statistics
 from tersor.prune.structure import Structure
 
 
@@ -35,39 +36,19 @@ class FamilyCut(NamedTuple):
     kept: int
 
 
-@dataclass(frozen=True)
-class PruneReport:
-    """A pruned model and what is known about it.
+@dataclass(frozen=True, kw_only=True)
+class PruneReport(Outcome):
+    """A model with fewer units; `Outcome` has what all prunings tell.
 
     Attributes:
-        model: The smaller model.
-        surgery: What was cut, as data; `tersor.graph.apply_surgery` replays it on a freshly built model.
         coupling: What can be cut at all; print it.
         families: What was cut of each family that could be.
-        frozen: What could not be removed, with the reason.
         unused: Parameters that the example inputs never reached; they are left alone.
-        params_before: Number of parameters.
-        params_after: Number of parameters.
-        macs_before: Multiply-accumulates on the first example input.
-        macs_after: Multiply-accumulates on the first example input.
-        max_error: Largest relative difference from the masked model that a check saw; None if none was asked for.
-        seconds: Spent on `coupling`, `scoring`, `surgery`, `verification`.
-        notes: What a reader must know.
     """
 
-    model: nn.Module
-    surgery: Surgery
     coupling: Coupling
     families: tuple[FamilyCut, ...]
-    frozen: list[Frozen]
     unused: tuple[str, ...]
-    params_before: int
-    params_after: int
-    macs_before: int
-    macs_after: int
-    max_error: float | None
-    seconds: Mapping[str, float]
-    notes: list[str] = field(default_factory=list)
 
     @property
     def amount(self) -> float:
@@ -76,19 +57,9 @@ class PruneReport:
         return 1 - sum(cut.kept for cut in self.families) / units if units else 0.0
 
     def __str__(self) -> str:
-        lines = [
-            f"parameters {self.params_before:,} -> {self.params_after:,} "
-            f"({1 - self.params_after / max(1, self.params_before):.1%} removed)",
-            f"MACs {self.macs_before:,} -> {self.macs_after:,} "
-            f"({1 - self.macs_after / max(1, self.macs_before):.1%} removed)",
-            f"units removed {self.amount:.1%} of {len(self.families)} families",
-            "not verified" if self.max_error is None else f"verified, max relative error {self.max_error:.1e}",
-            *(f"{cut.name}: {cut.units} -> {cut.kept} {cut.kind}s" for cut in self.families),
-            *(f"frozen {item.name}: {item.reason}" for item in self.frozen),
-            *(f"unused {name}" for name in self.unused),
-            *self.notes,
-        ]
-        return "\n".join(lines)
+        removed = f"units removed {self.amount:.1%} of {len(self.families)} families"
+        families = [f"{cut.name}: {cut.units} -> {cut.kept} {cut.kind}s" for cut in self.families]
+        return self.told([removed, *families], [f"unused {name}" for name in self.unused])
 
 
 def structured(
@@ -189,10 +160,8 @@ def _round(model: nn.Module, settings: Structure, material: Material) -> PruneRe
     run, before = choosing.runs[0], size_of(model, "parameters", choosing.runs[0])
     with Timer(choosing.seconds, "surgery"):
         result = apply_surgery(copy.deepcopy(model) if plan.model is model else plan.model, plan.surgery)
-    if material.batches is not None and plan.surgery.cuts:
-        count = reestimate_batchnorm(result, material.batches)
-        if count:
-            notes.append(f"statistics of {count} BatchNorm layers re-estimated")
+    if plan.surgery.cuts:
+        notes += with_statistics(result, material.batches)
     return PruneReport(
         model=result,
         surgery=plan.surgery,
