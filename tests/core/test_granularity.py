@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tersor.core.granularity import Granularity
-from tersor.core.quantization import QuantPlan, QuantScheme, TensorQuant
+from tersor.core.quantization import QuantPlan, QuantScheme
 from tersor.errors import ConfigError
 
 EVERY = {
@@ -104,11 +104,3 @@ def test_a_scheme_has_one_granularity() -> None:
     with pytest.raises(ConfigError, match="per_token is one scale per vector"):
         QuantScheme(per_token=True, axis=1)
     assert (QuantScheme(bits=16, signed=True).qmin, QuantScheme(bits=16).qmax) == (-32768, 65535)
-
-
-def test_a_plan_rounds_groups() -> None:
-    scheme = QuantScheme(bits=4, signed=True, symmetric=True, axis=1, group_size=2)
-    quant = TensorQuant(name="w", role="weight", scheme=scheme, scale=[1.0, 0.5], zero_point=[0, 0])
-    assert quant.rounded(torch.tensor([[1.4, 9.0, 1.4, -9.0]])).tolist() == [[1.0, 7.0, 1.5, -4.0]]
-    with pytest.raises(ConfigError, match=r"w: expected 4 scales and zero points .* got 2 and 2"):
-        quant.rounded(torch.zeros(2, 4))

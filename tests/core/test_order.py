@@ -71,5 +71,5 @@ def test_a_recipe_is_frozen_and_equal_by_content() -> None:
     assert recipe != Recipe([Static(samples=5)], name="a")
     assert recipe.as_data() == {
         "name": "a",
-        "steps": [{"quantize.static": {"range_method": "mse", "samples": 300, "batch_size": 50}}],
+        "steps": [{"quantize.static": Static().model_dump(mode="json")}],
     }

@@ -9,12 +9,13 @@ from torch.nn import functional
 
 from tersor.core.batch import Batch
 from tersor.graph import fold_batch_norm
+from tersor.graph.fold import FoldedNorm
 from zoo import captured, disturbed, normal, relative, seeded
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 
 
-def folded(build: Callable[[], nn.Module], x: Tensor) -> tuple[nn.Module, fx.GraphModule, dict[str, Tensor]]:
+def folded(build: Callable[[], nn.Module], x: Tensor) -> tuple[nn.Module, fx.GraphModule, dict[str, FoldedNorm]]:
     module = seeded(build)
     graph_module = captured(module, Batch((x[:2],), {}, None))
     return module, graph_module, fold_batch_norm(graph_module)
@@ -60,7 +61,7 @@ def test_folding_is_exact_and_gives_the_factors(case: str) -> None:
     expected = gamma / (norm.running_var + norm.eps).sqrt()
     assert norm.affine is False or bool((norm.weight < 0).any())  # the cases have negative scales
     assert set(factors) == {"0.weight"}
-    assert torch.allclose(factors["0.weight"], expected, rtol=1e-5)
+    assert torch.allclose(factors["0.weight"].factor, expected, rtol=1e-5)
     weight = graph_module.get_parameter("0.weight")
     shape = (-1, *[1] * (weight.ndim - 1))
     assert torch.allclose(weight, module.get_parameter("0.weight") * expected.reshape(shape), rtol=1e-5, atol=1e-7)
@@ -77,7 +78,7 @@ def test_channels_without_variance_or_scale_stay_finite() -> None:
     x = normal(5, 3, 6, 6)
     graph_module = captured(module, Batch((x[:2],), {}, None))
     factors = fold_batch_norm(graph_module)
-    assert float(factors["0.weight"][1]) == 0
+    assert float(factors["0.weight"].factor[1]) == 0
     with torch.no_grad():
         assert relative(graph_module(x), module(x)) < 1e-5
 

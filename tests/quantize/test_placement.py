@@ -8,12 +8,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tersor.core.batch import Batch
-from tersor.core.quantization import QuantScheme
 from tersor.graph import FakeQuantize, fold_batch_norm
 from tersor.quantize.placement import Placement, place
+from tersor.quantize.styles import Style
+from tersor.quantize.widths import Widths, weight_scheme
 from zoo import MLP_DATA, TEXT_DATA, TEXT_DYNAMIC, Cnn, Depthwise, Mlp, Scaling, Transformer, captured, normal, seeded
 
-WEIGHTS = QuantScheme(bits=8, signed=True, symmetric=True)
 IMAGE = normal(2, 3, 8, 8)
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ class Placed:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         fold_batch_norm(graph_module)
-        self.placement: Placement = place(graph_module, WEIGHTS)
+        self.placement: Placement = place(graph_module, Widths(), Style())
         self.nodes = list(graph_module.graph.nodes)
         self.graph_module = graph_module
 
@@ -173,7 +173,7 @@ def test_depthwise_and_grouped_convolutions_have_one_scale_per_output_channel() 
     for path in net.placement.weights:
         quantizer = net.graph_module.get_submodule(path)
         assert isinstance(quantizer, FakeQuantize)
-        assert quantizer.scheme == WEIGHTS.model_copy(update={"axis": 0})
+        assert quantizer.scheme == weight_scheme(8, 0, reduced=False)
 
 
 def test_integers_and_lookups_are_not_rounded() -> None:

@@ -17,7 +17,9 @@ from tersor.errors import DataError, NonFiniteError, UnsupportedError
 from tersor.graph import FakeQuantize
 from tersor.quantize import Static, ranges
 from tersor.quantize.placement import Placement
-from tersor.quantize.static import FULL_RANGE, _set_activation_ranges
+from tersor.quantize.prepare import Prepared, set_activation_ranges
+from tersor.quantize.styles import Style
+from tersor.quantize.widths import weight_scheme
 from zoo import (
     CNN_DATA,
     MLP_DATA,
@@ -75,7 +77,7 @@ def test_the_simulation_is_near_the_float_model_and_every_weight_on_its_grid(
     done = Static().apply(candidate, context)
     assert noticed(module) == before
     assert (candidate.plan, candidate.simulation, candidate.history) == (None, None, ())
-    assert done.module is module
+    assert done.module is not module
     assert done.precision == "int8"
     found, expected = outputs(done, context)
     assert 0 < relative(found, expected) < 0.05
@@ -90,7 +92,7 @@ def test_the_simulation_is_near_the_float_model_and_every_weight_on_its_grid(
         shape = (-1, *[1] * (weight.ndim - 1))
         codes = quantizer(weight) / quantizer.scale.reshape(shape)
         assert torch.allclose(codes, codes.round(), atol=1e-4)
-        assert quant.scheme == FULL_RANGE.model_copy(update={"axis": 0})
+        assert quant.scheme == weight_scheme(8, 0, reduced=False)
         assert len(quant.scale) == len(weight)
         largest = codes.round().abs().flatten(1).amax(1)
         assert largest.unique().tolist() == [127]  # symmetric, and every channel uses its whole range
@@ -269,8 +271,8 @@ class Choosing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reached = FakeQuantize(FULL_RANGE)
-        self.other = FakeQuantize(FULL_RANGE)
+        self.reached = FakeQuantize(weight_scheme(8, None, reduced=False))
+        self.other = FakeQuantize(weight_scheme(8, None, reduced=False))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.reached(features) if bool((features < 1e6).all()) else self.other(features)
@@ -281,7 +283,7 @@ def test_what_no_example_reaches_stays_float_and_is_told(method: str) -> None:
     simulation: Any = Choosing()
     placement = Placement({"reached": "a", "other": "b"}, {}, ())
     batches = [context_for(Mlp(), MLP_DATA).task.example(9)]
-    assert _set_activation_ranges(simulation, placement, method, lambda: batches) == ["b"]
+    assert set_activation_ranges(Prepared(simulation, placement, {}, {}, Style()), method, lambda: batches) == ["b"]
     assert simulation.reached.enabled
     assert not simulation.other.enabled
     huge = torch.full((1, 12), 1e7)

@@ -24,7 +24,8 @@ class Candidate:
     `tersor.compress` starts from one if a model was pruned before: `Candidate(model, surgeries=(report.surgery,))`.
 
     Attributes:
-        module: The float model, a copy of the caller's.
+        module: The float model, a copy of the caller's; after quantization its weights have the values that the codes
+            stand for, as far as the plan names them.
         masks: Parameter path -> boolean keep-mask of the parameter's shape; the masked entries are zero.
         surgeries: What was cut out of the caller's model, in this order, to get to `module`'s shapes.
         plan: What quantization decided, as data.
@@ -46,23 +47,16 @@ class Candidate:
 
     @property
     def precision(self) -> str:
-        """`float32`, or the integer type that holds the weights."""
-        return "float32" if self.plan is None else "int8"
+        """`float32`, or what the plan asks of a runtime."""
+        return "float32" if self.plan is None else self.plan.precision
 
     def for_weights(self) -> Candidate:
         """A copy whose module a step may change.
 
-        After quantization the copy starts from the rounded weights and drops the plan: whatever changes weights
-        makes the plan stale, so the recipe must quantize again.
+        After quantization it has the rounded weights and drops the plan: whatever changes weights makes the plan
+        stale, so the recipe must quantize again.
         """
-        module = copy.deepcopy(self.module)
-        if self.plan is not None:
-            with torch.no_grad():
-                for path, quant in self.plan.weights.items():
-                    parent, _, name = path.rpartition(".")
-                    weight = getattr(module.get_submodule(parent), name)  # a parameter or a buffer
-                    weight.copy_(quant.rounded(weight))
-        return replace(self, module=module, plan=None, simulation=None)
+        return replace(self, module=copy.deepcopy(self.module), plan=None, simulation=None)
 
     def after(self, surgery: Surgery, module: nn.Module) -> Candidate:
         """The candidate once `surgery` has made `module` of its own module; the masks shrink alike."""

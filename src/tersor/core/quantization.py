@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tersor.core.config import Config
 from tersor.core.granularity import Granularity
-from tersor.errors import ConfigError
 
 
 class QuantScheme(Config):
@@ -83,7 +82,10 @@ class QuantScheme(Config):
 
 
 class TensorQuant(Config):
-    """One quantized tensor: its format, its scales and where it stands in the model."""
+    """One quantized tensor: its format, its scales and where it stands in the model.
+
+    The scales are those of the deployed graph, in which BatchNorm is folded, in the order of `Granularity.rows`.
+    """
 
     name: str = Field(description="parameter path for a weight, graph value for an activation")
     role: Literal["weight", "activation"]
@@ -92,34 +94,40 @@ class TensorQuant(Config):
     zero_point: list[int]
     module: str = Field(default="", description="path of the module that computes with it")
 
-    def rounded(self, values: Tensor) -> Tensor:
-        """`values` moved to the nearest points of the grid; scales are in the order of `Granularity.rows`.
 
-        Raises:
-            ConfigError: if there are not as many scales as `values` has regions.
-        """
-        granularity, shape = self.scheme.granularity, tuple(values.shape)
-        rows = granularity.rows(values)
-        if not len(self.scale) == len(self.zero_point) == len(rows):
-            raise ConfigError(
-                f"{self.name}: expected {len(rows)} scales and zero points ({granularity}, shape {shape}), got "
-                f"{len(self.scale)} and {len(self.zero_point)}; the plan belongs to another tensor"
-            )
-        scale = torch.tensor(self.scale, dtype=values.dtype)[:, None]
-        zero_point = torch.tensor(self.zero_point)[:, None]
-        codes = ((rows / scale).round() + zero_point).clamp(self.scheme.qmin, self.scheme.qmax)
-        return granularity.restore((codes - zero_point) * scale, shape)
+Mode = Literal["static", "dynamic", "weight_only"]
 
 
 class QuantPlan(Config):
     """Everything that quantization did to a model, as data.
 
-    A weight's scale is in units of the stored parameter, so it holds before BatchNorm is folded.
+    `mode` says what happens to activations: rounded with fixed scales, with scales found at run time, or not at all.
+    With `pack`, weights of at most 4 bits are stored as such; otherwise every code takes the byte that fast kernels
+    want.
     """
 
     tensors: list[TensorQuant]
+    mode: Mode = "static"
+    pack: bool = False
 
     @property
     def weights(self) -> dict[str, TensorQuant]:
         """The quantized parameters by path."""
         return {tensor.name: tensor for tensor in self.tensors if tensor.role == "weight"}
+
+    @property
+    def precision(self) -> str:
+        """What the target must be able to run, as in `Runtime.formats`: e.g. `int8`, `int8-dynamic`, `int4-weights`."""
+        packed = self.pack and any(tensor.scheme.bits <= 4 for tensor in self.weights.values())
+        return precision_name(self.mode, packed=packed)
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of the widest quantized weight; None if there is none."""
+        return max((tensor.scheme.bits for tensor in self.weights.values()), default=None)
+
+
+def precision_name(mode: Mode, *, packed: bool) -> str:
+    """The name of a mode and the type that its weights are stored in."""
+    suffix = {"static": "", "dynamic": "-dynamic", "weight_only": "-weights"}[mode]
+    return ("int4" if packed else "int8") + suffix

@@ -6,6 +6,8 @@ See https://arxiv.org/abs/1712.05877.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,13 +16,38 @@ from tersor.graph.rules import COMPUTE
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 
 
-def fold_batch_norm(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class FoldedNorm:
+    """A BatchNorm that is gone; `[K]` each, `K` output channels.
+
+    Attributes:
+        factor: What each output channel of the weight was multiplied by: ``γ/σ``.
+        gamma: Its scale, None without.
+        beta: Its shift, None without.
+        mean: Running mean.
+        variance: Running variance.
+        epsilon: Added to the variance.
+        module: Path of the module.
+        axis: Dimension of the weight that is the output channel.
+    """
+
+    factor: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    epsilon: float
+    module: str
+    axis: int
+
+
+def fold_batch_norm(graph_module: fx.GraphModule) -> dict[str, FoldedNorm]:
     """Folds in place wherever it is exact: evaluation mode, one user, a weight that nobody shares.
 
     Returns:
-        Weight path -> factor `[K]` by which each output channel was multiplied.
+        What was folded, by the path of the weight that it went into.
     """
-    factors: dict[str, Tensor] = {}
+    folded: dict[str, FoldedNorm] = {}
     for norm in list(graph_module.graph.nodes):
         if norm.target is not _BATCH_NORM or norm.args[5]:
             continue
@@ -33,12 +60,15 @@ def fold_batch_norm(graph_module: fx.GraphModule) -> dict[str, Tensor]:
         parameters = [weight_node, *([bias_node] if bias_node is not None else [])]
         if any(node.op != "get_attr" or len(node.users) > 1 for node in parameters):
             continue
-        factors[str(weight_node.target)] = _fold(graph_module, norm, layer, weight_node, bias_node)
+        grouped = rule.channel_axis != 0 and len(layer.args) > 6 and layer.args[6] != 1  # transposed: `[I, O / G, …]`
+        if grouped:
+            continue
+        folded[str(weight_node.target)] = _fold(graph_module, norm, layer, weight_node, bias_node)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     remove_unused_attributes(graph_module)
     graph_module.recompile()
-    return factors
+    return folded
 
 
 def _fold(
@@ -47,7 +77,7 @@ def _fold(
     layer: fx.Node,
     weight_node: fx.Node,
     bias_node: fx.Node | None,
-) -> Tensor:
+) -> FoldedNorm:
     rule = COMPUTE[layer.target]
     gamma, beta, mean, variance = (_constant(graph_module, node) for node in norm.args[1:5])
     assert mean is not None  # noqa: S101 - evaluation mode has running statistics
@@ -71,7 +101,8 @@ def _fold(
     layer.args = tuple(arguments)
     norm.replace_all_uses_with(layer)
     graph_module.graph.erase_node(norm)
-    return factor.float()
+    module = str(norm.meta.get("module", ""))
+    return FoldedNorm(factor.float(), gamma, beta, mean, variance, epsilon, module, rule.channel_axis)
 
 
 def _free_path(root: nn.Module, weight_path: str) -> str:

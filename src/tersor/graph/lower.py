@@ -94,7 +94,9 @@ def bias_scale(graph_module: fx.GraphModule, node: fx.Node) -> Tensor | None:
     weight = quantizer_of(graph_module, node.args[rule.weight])
     if activation is None or weight is None or not activation.enabled or not weight.enabled:
         return None
-    return activation.scale * weight.scale
+    groups = node.args[6] if rule.channel_axis == 1 and len(node.args) > 6 else 1  # transposed: `[I, O / G, …]`
+    assert isinstance(groups, int)  # noqa: S101 - the operator's schema
+    return activation.scale * weight.scale.repeat(groups)
 
 
 def round_bias(bias: Tensor, scale: Tensor) -> Tensor:

@@ -74,11 +74,11 @@ def layer_table(
         if not own:
             continue
         errors = [
-            weight_error(original, deployed, f"{path}.{name}".lstrip("."), plan)
+            weight_error(original, deployed, f"{path}.{name}".lstrip("."))
             for name, parameter in own.items()
             if parameter.ndim >= 2
         ]
-        int8 = any(f"{path}.{name}".lstrip(".") in quantized for name in own)
+        bits = [quantized[full].scheme.bits for name in own if (full := f"{path}.{name}".lstrip(".")) in quantized]
         rows.append(
             Layer(
                 name=path or "(model)",
@@ -86,14 +86,14 @@ def layer_table(
                 parameters=sum(parameter.numel() for parameter in own.values()),
                 nonzero_parameters=sum(int(torch.count_nonzero(parameter)) for parameter in own.values()),
                 macs=macs.get(path, 0),
-                precision="int8" if int8 else "float32",
+                precision=f"int{max(bits)}" if bits else "float32",
                 weight_error=max((error for error in errors if error is not None), default=None),
             )
         )
     return rows
 
 
-def weight_error(original: nn.Module, deployed: nn.Module, path: str, plan: QuantPlan | None) -> float | None:
+def weight_error(original: nn.Module, deployed: nn.Module, path: str) -> float | None:
     """``‖W' − W‖ / ‖W‖`` of the deployed weight against the original's; None if their shapes differ."""
     try:
         before = original.get_parameter(path).detach().double()
@@ -102,7 +102,5 @@ def weight_error(original: nn.Module, deployed: nn.Module, path: str, plan: Quan
     after = deployed.get_parameter(path).detach().double()
     if before.shape != after.shape:
         return None
-    if plan is not None and path in plan.weights:
-        after = plan.weights[path].rounded(after)
     norm = float(before.norm())
     return float((after - before).norm()) / norm if norm > 0 else 0.0

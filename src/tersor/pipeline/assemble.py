@@ -52,18 +52,18 @@ def _coverage(plan: Plan, deployed: Exported, layers: list[Layer], total_macs: i
     quantized = candidate.plan.weights if candidate.plan is not None else {}
     total = sum(parameter.numel() for parameter in candidate.module.parameters())
     parameters = dict(candidate.module.named_parameters(remove_duplicate=False))
-    in_int8 = sum(parameters[path].numel() for path in quantized if path in parameters)  # a weight may be a buffer
+    in_low = sum(parameters[path].numel() for path in quantized if path in parameters)  # a weight may be a buffer
     before = sum(parameter.numel() for parameter in plan.original.parameters())
     pruned = before - total + sum(int((~mask).sum()) for mask in candidate.masks.values())
-    int8_macs = sum(layer.macs for layer in layers if layer.precision == "int8")
+    low_macs = sum(layer.macs for layer in layers if layer.precision != "float32")
     operators: list[str] = []
     if candidate.plan is not None:
         operators = plan.runtime.float_operators(
             deployed.loaded.directory, plan.task.example(1), signature=plan.signature, target=plan.target
         )
     return Coverage(
-        parameters_quantized=in_int8 / max(total, 1),
-        macs_quantized=min(1.0, int8_macs / max(total_macs, 1)),
+        parameters_quantized=in_low / max(total, 1),
+        macs_quantized=min(1.0, low_macs / max(total_macs, 1)),
         parameters_pruned=pruned / max(before, 1),
         float_operators=operators,
     )

@@ -183,9 +183,7 @@ def write_documents(plan: Plan, candidate: Candidate, report: Report, directory:
         seed=plan.seed,
         versions=versions(),
         cpu_flags=sorted(cpu_flags()),
-        weight_bits=max((quant.scheme.bits for quant in candidate.plan.weights.values()), default=None)
-        if candidate.plan is not None
-        else None,
+        weight_bits=candidate.plan.weight_bits if candidate.plan is not None else None,
         files=describe_files(directory),
     )
     manifest.write(directory)

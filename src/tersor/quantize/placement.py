@@ -1,9 +1,10 @@
 """Decides where a graph is quantized.
 
 The rule (measured to be fast in ONNX Runtime and OpenVINO, see docs/design.md): the operands of every
-convolution, linear layer, average pooling and residual sum are quantized where they are produced; nothing is
+convolution, linear layer, product, average pooling and residual sum are quantized where they are produced; nothing is
 quantized between an operator and the activation function that fuses into it; operators that only move values
-share one scale between input and output, a concatenation shares one between all its inputs.
+share one scale between input and output, a concatenation shares one between all its inputs; tables of embeddings are
+stored in integers.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from torch import Tensor, fx
 from tersor.core.quantization import QuantScheme
 from tersor.graph.fake_quantize import FakeQuantize
 from tersor.graph.fold import get_tensor
-from tersor.graph.rules import ACTIVATIONS, COMPUTE, SHARED, TRANSPARENT
+from tersor.graph.rules import ACTIVATIONS, COMPUTE, LOOKUPS, PRODUCTS, SHARED, SOFTMAX, TRANSPARENT
+from tersor.quantize.styles import Style
+from tersor.quantize.widths import FLOAT, Widths, weight_scheme
 
-ACTIVATION_SCHEME = QuantScheme(bits=8)
 ACTIVATIONS_PREFIX = "activation_quantizers"
 WEIGHTS_PREFIX = "weight_quantizers"
+KERNEL_BITS = 8  # operands that no layer narrows
+_CHAIN = frozenset(COMPUTE) - LOOKUPS
+_PASSED = ACTIVATIONS | TRANSPARENT | SHARED
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,20 @@ class Placement:
     compute: tuple[str, ...]
 
 
-def place(graph_module: fx.GraphModule, weight_scheme: QuantScheme) -> Placement:
-    """Inserts disabled `FakeQuantize` modules in place, one per group of values that share a scale."""
-    compute = [node for node in graph_module.graph.nodes if _computes(graph_module, node)]
+def place(graph_module: fx.GraphModule, widths: Widths, style: Style) -> Placement:
+    """Inserts disabled `FakeQuantize` modules in place, one per group of values that share a scale.
+
+    Raises:
+        ConfigError: if a pattern of the widths fits no layer.
+    """
+    able = [node for node in graph_module.graph.nodes if _computes(graph_module, node, style)]
+    layers = [node for node in able if COMPUTE[node.target].weight is not None]
+    inner = [node for node in layers if node.target not in LOOKUPS]
+    edges = {inner[0], inner[-1]} if inner else set()
+    widths.check_used(_module(node) for node in layers)
+    bits = {node: widths.weight(_module(node), edge=node in edges) for node in layers}
+    bits |= {node: KERNEL_BITS for node in layers if node.target in LOOKUPS and bits[node] != FLOAT}
+    compute = [node for node in able if bits.get(node) != FLOAT]
     groups = _Groups()
     for node in compute:
         for operand in _operands(node):
@@ -47,7 +63,15 @@ def place(graph_module: fx.GraphModule, weight_scheme: QuantScheme) -> Placement
     activations = {}
     for leader, members in groups.classes():
         path = f"{ACTIVATIONS_PREFIX}.{leader.name}"
-        graph_module.add_submodule(path, FakeQuantize(ACTIVATION_SCHEME))
+        consumers = {user for member in members for user in member.users}
+        needed = [widths.activation(_module(node), edge=node in edges) for node in inner if node in consumers]
+        signed = (
+            style.signed_products
+            and any(user.target in PRODUCTS for user in consumers if user in compute)
+            and not any(member.target in SOFTMAX for member in members)
+        )
+        scheme = QuantScheme(bits=max(needed, default=KERNEL_BITS), signed=signed, symmetric=signed)
+        graph_module.add_submodule(path, FakeQuantize(scheme))
         activations[path] = leader.name
         for member in members:
             _insert_after(graph_module, member, path)
@@ -59,7 +83,8 @@ def place(graph_module: fx.GraphModule, weight_scheme: QuantScheme) -> Placement
             path = f"{WEIGHTS_PREFIX}.{str(weight.target).replace('.', '_')}"
             while path in weights:  # `a.b_c` and `a_b.c`
                 path += "_"
-            scheme = weight_scheme.model_copy(update={"axis": rule.channel_axis})
+            reduced = style.reduced_weights and node.target not in LOOKUPS
+            scheme = weight_scheme(bits[node], rule.channel_axis, reduced=reduced)
             graph_module.add_submodule(path, FakeQuantize(scheme))
             weights[path] = str(weight.target)
             _insert_after(graph_module, weight, path)
@@ -67,10 +92,14 @@ def place(graph_module: fx.GraphModule, weight_scheme: QuantScheme) -> Placement
     return Placement(activations, weights, tuple(node.name for node in compute))
 
 
-def _computes(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is to compute in low precision."""
+def _module(node: fx.Node) -> str:
+    return str(node.meta.get("module", ""))
+
+
+def _computes(graph_module: fx.GraphModule, node: fx.Node, style: Style) -> bool:
+    """Whether `node` can compute in low precision."""
     rule = COMPUTE.get(node.target)
-    if rule is None:
+    if rule is None or node.target in style.without_kernel:
         return False
     operands = _operands(node)
     if len(operands) != len(rule.activations) or not all(_is_float_value(operand) for operand in operands):
@@ -79,7 +108,20 @@ def _computes(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         weight = node.args[rule.weight]
         return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_parameter(graph_module, weight)
     # Sums and averages are worth it only inside a chain of low-precision operators.
-    return _inside_chain(node)
+    return all(map(_varies, operands)) if node.target in PRODUCTS else _inside_chain(node)
+
+
+def _varies(value: fx.Node) -> bool:
+    """Whether a value depends on the inputs."""
+    frontier, seen = [value], set()
+    while frontier:
+        found = frontier.pop()
+        if found.op == "placeholder":
+            return True
+        if found not in seen:
+            seen.add(found)
+            frontier.extend(found.all_input_nodes)
+    return False
 
 
 def _inside_chain(node: fx.Node) -> bool:
@@ -88,9 +130,9 @@ def _inside_chain(node: fx.Node) -> bool:
     frontier = list(node.users)
     while frontier:
         user = frontier.pop()
-        if user.target in COMPUTE:
+        if user.target in _CHAIN:
             return _comes_from_compute(node)
-        if user.target in ACTIVATIONS | TRANSPARENT | SHARED:
+        if user.target in _PASSED:
             frontier.extend(user.users)
     return False
 
@@ -99,15 +141,15 @@ def _comes_from_compute(node: fx.Node) -> bool:
     frontier = _operands(node)
     while frontier:
         value = frontier.pop()
-        if value.target in COMPUTE:
+        if value.target in _CHAIN:
             return True
-        if value.target in ACTIVATIONS | TRANSPARENT | SHARED:
+        if value.target in _PASSED:
             frontier.extend(value.all_input_nodes)
     return False
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    operands = [node.args[position] for position in COMPUTE[node.target].activations]
+    operands = [node.args[position] for position in COMPUTE[node.target].activations if position < len(node.args)]
     return [operand for operand in operands if isinstance(operand, fx.Node)]
 
 

@@ -20,3 +20,4 @@ ACTIVATIONS = frozenset(
         _aten.relu6.default,
     }
 )
+SOFTMAX = frozenset({_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default})

@@ -14,6 +14,7 @@ TRANSPARENT = frozenset(
         _aten.transpose.int,
         _aten.squeeze.dim,
         _aten.unsqueeze.default,
+        _aten.expand.default,
         _aten.slice.Tensor,
         _aten.select.int,
         _aten.pad.default,  # pads with zero, which every scheme represents exactly

@@ -20,6 +20,9 @@ NARROWEST = 0.04
 AT_ONCE = 1 << 18  # numbers that are worked on together
 
 
+RangeMethod = Callable[["Points", QuantScheme], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Points:
     """Values `[R, N]` and how often each occurs, over ranges whose ends are exact.
