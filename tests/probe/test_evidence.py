@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor.errors import ConfigError, DataError, NonFiniteError
-from tersor.probe import Evidence, collect, taps
+from tersor.probe import Evidence, collect, columns
 from zoo import (
     CNN_DATA,
     MLP_DATA,
@@ -166,7 +166,7 @@ def test_the_gram_predicts_the_energy_of_the_outputs_exactly(
 def test_large_inputs_are_sampled_alike_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded(Cnn)
     exact = field(collect(model, [CNN_DATA] * 20, needs=["gram"]), "block.0.weight", "gram")
-    monkeypatch.setattr(taps, "SAMPLE", 500)
+    monkeypatch.setattr(columns, "SAMPLE", 500)
     sampled = field(collect(model, [CNN_DATA] * 20, needs=["gram"]), "block.0.weight", "gram")
     again = field(collect(model, [CNN_DATA] * 20, needs=["gram"]), "block.0.weight", "gram")
     assert torch.equal(sampled, again)

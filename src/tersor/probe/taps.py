@@ -9,20 +9,18 @@ Shapes: `O` outputs, `K` columns of a weight seen as a matrix `[O, K]`, `G` grou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tersor.errors import NonFiniteError
+from tersor.probe.columns import Window, columns
 
 Role = Literal["weight", "bias", "scale", "other"]
 
-SAMPLE = 4096  # rows that enter a gram per call of a layer; positions of one image are much alike
 SEED = 0
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -116,7 +114,7 @@ class Taps:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with torch.no_grad():
                 values = (args or tuple(kwargs.values()))[0].detach()
-                rows = _columns(module, values, self._generator)  # [N, G, K]
+                rows = columns(values, _window(module), self._generator)  # [N, G, K]
                 count, grouped = rows.shape[0], rows.shape[1] > 1
                 gram = torch.einsum("ngk,ngl->gkl", rows, rows) if grouped else rows[:, 0].T @ rows[:, 0]
                 if not bool(torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all()):
@@ -167,31 +165,14 @@ def _count_silent(output: Tensor, channel: int) -> tuple[Tensor, int]:
     return rows.sum(0, dtype=torch.float32), len(rows)
 
 
-def _columns(module: nn.Module, values: Tensor, generator: torch.Generator) -> Tensor:
-    """What the rows of the weight matrix are multiplied with, float32 or better, `[N, G, K]`.
-
-    Of more than `SAMPLE` positions a random sample is taken, before any convolution window is copied.
-    """
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+def _window(module: nn.Module) -> Window | None:
     if not isinstance(module, _Conv):
-        rows = values.reshape(-1, 1, values.shape[-1])
-        return rows[_sample(len(rows), generator)]
-    sizes = len(module.kernel_size)
-    if values.ndim == sizes + 1:
-        values = values[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    values = functional.pad(values, module._reversed_padding_repeated_twice, mode=mode)
-    windows = values.movedim(1, -1)  # [B, …, C]
-    for dim, (kernel, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=1
-    ):
-        windows = windows.unfold(dim, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
-    positions = windows.shape[: sizes + 1]  # [B, …, C, kernel …]: a view, nothing copied yet
-    chosen = torch.unravel_index(_sample(math.prod(positions), generator), positions)
-    return windows[chosen].reshape(len(chosen[0]), module.groups, -1)
-
-
-def _sample(count: int, generator: torch.Generator) -> Tensor:
-    if count <= SAMPLE:
-        return torch.arange(count)
-    return torch.randint(count, (SAMPLE,), generator=generator)
+        return None
+    return Window(
+        module.kernel_size,
+        module.stride,
+        module.dilation,
+        module._reversed_padding_repeated_twice,
+        "constant" if module.padding_mode == "zeros" else module.padding_mode,
+        module.groups,
+    )

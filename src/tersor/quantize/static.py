@@ -12,14 +12,28 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor, fx
 
 from tersor.core.candidate import Candidate
 from tersor.core.context import Context
 from tersor.core.quantization import precision_name
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role
+from tersor.quantize.correct import Correction, correct
+from tersor.quantize.distilled_data import distilled_batches
+from tersor.quantize.equalize import equalize
 from tersor.quantize.finish import finish
-from tersor.quantize.prepare import Prepared, batches_of, prepare, set_activation_ranges, set_weight_ranges
+from tersor.quantize.prepare import (
+    Batches,
+    Prepared,
+    batches_of,
+    prepare,
+    set_activation_ranges,
+    set_weight_ranges,
+)
+from tersor.quantize.reconstruct import Settings, Unit, reconstruct
+from tersor.quantize.round_weights import round_weights
+from tersor.quantize.smooth import smooth
 from tersor.quantize.widths import Widths
 
 
@@ -29,6 +43,12 @@ class Static(Widths, Step):
     `range_method` chooses the activations' ranges: `minmax`, `moving_average` of the batches, `percentile` (99.99 %),
     `mse` or `entropy`. `samples` limits how many calibration examples are used. `pack` stores weights of at most 4
     bits as such: the file gets smaller, the layer computes in float.
+
+    Before anything is rounded, `equalize` evens out the channels between two layers, and `smooth` (0 to 1) moves
+    outliers of activations into weights. Accuracy is recovered by `rounding`: `gptq` and `obq` round each weight for
+    what the layer sees, `adaround` and `blocks` learn it in `steps` steps per layer or block; and by `correction` of
+    the channels' means, or means and variances. With `data: distilled` the examples are made from the model's
+    BatchNorm statistics; no split is read.
     """
 
     name: ClassVar[str] = "quantize.static"
@@ -37,12 +57,19 @@ class Static(Widths, Step):
     range_method: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "mse"
     samples: int = Field(default=300, ge=1)
     batch_size: int = Field(default=50, ge=1)
+    data: Literal["calibrate", "distilled"] = "calibrate"
+    equalize: bool = False
+    smooth: float | None = Field(default=None, ge=0, le=1)
+    rounding: Literal["nearest", "gptq", "obq", "adaround", "blocks"] = "nearest"
+    steps: int = Field(default=1000, ge=1)
+    drop: float = Field(default=0.5, ge=0, lt=1)
+    correction: Correction | None = None
     pack: bool = False
 
     @property
     def needs(self) -> frozenset[Role]:
-        """The calibrate split."""
-        return frozenset({"calibrate"})
+        """The calibrate split, unless data are distilled."""
+        return frozenset({"calibrate"} if self.data == "calibrate" else ())
 
     @property
     def precision(self) -> str:
@@ -52,19 +79,47 @@ class Static(Widths, Step):
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Captures, folds, places, calibrates; the result carries the plan and its simulation."""
         started = time.perf_counter()
-        split = context.task.require("calibrate", self.name)
-        prepared = prepare(candidate, context, self.name, self)
-        batches = batches_of(split, self.samples, self.batch_size)
+        batches, count = self._batches(candidate, context)
+        notes: list[str] = []
+
+        def change(graph_module: fx.GraphModule, units: dict[str, Tensor]) -> None:
+            if self.equalize:
+                notes.append(f"{equalize(graph_module, units)} pairs of layers equalized")
+            if self.smooth is not None:
+                notes.append(f"activations smoothed at {smooth(graph_module, units, batches, self.smooth)} places")
+
+        prepared = prepare(candidate, context, self.name, self, change=change)
         unreached = set_activation_ranges(prepared, self.range_method, batches)
         set_weight_ranges(prepared)
+        self._recover(prepared, batches, context)
         plan, module = finish(prepared, candidate.module, pack=self.pack)
-        notes = [
-            summary(prepared, unreached)
-            + f", ranges by {self.range_method} on {min(self.samples, len(split))} examples",
-            *cautions(prepared, unreached),
-        ]
+        made = "distilled " if self.data == "distilled" else ""
+        first = f"{summary(prepared, unreached)}, ranges by {self.range_method} on {count} {made}examples"
+        notes = [first, *notes, *cautions(prepared, unreached)]
         done = replace(candidate, module=module, plan=plan, simulation=prepared.simulation)
         return done.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)
+
+    def _batches(self, candidate: Candidate, context: Context) -> tuple[Batches, int]:
+        """The examples to look at, and how many."""
+        if self.data == "distilled":
+            example = context.task.example(1)
+            made = distilled_batches(
+                candidate.module, example, self.samples, batch_size=self.batch_size, seed=context.seed
+            )
+            return lambda: made, self.samples
+        split = context.task.require("calibrate", self.name)
+        return batches_of(split, self.samples, self.batch_size), min(self.samples, len(split))
+
+    def _recover(self, prepared: Prepared, batches: Batches, context: Context) -> None:
+        """Rounds the weights with care, and corrects what that shifted."""
+        if self.rounding == "gptq" or self.rounding == "obq":
+            round_weights(prepared, batches, self.rounding)
+        elif self.rounding != "nearest":
+            unit: Unit = "layer" if self.rounding == "adaround" else "block"
+            settings = Settings(unit, self.steps, self.drop if unit == "block" else 0, context.seed)
+            reconstruct(prepared, batches, settings, lambda done, total: context.progress(self.name, done, total))
+        if self.correction is not None:
+            correct(prepared, batches, self.correction)
 
 
 def summary(prepared: Prepared, unreached: list[str]) -> str:

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from tersor.errors import ConfigError
 from tersor.probe import Evidence, collect
+from tersor.probe.hessian import output_error
 from tersor.prune import criteria
 from tersor.prune.criteria.base import Criterion, per_column
-from tersor.prune.reconstruction import output_error, refit
+from tersor.prune.reconstruction import refit
 from zoo import Depthwise, Mlp, integers, normal, relative, seeded
 
 KNOWN: dict[str, Criterion] = {name: getattr(criteria, name) for name in criteria.__all__}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.errors import ConfigError
-from tersor.prune.reconstruction import obc, output_error, refit, sparsegpt
-from tersor.prune.reconstruction.hessian import damped_inverse
+from tersor.probe.hessian import damped_inverse, output_error
+from tersor.prune.reconstruction import obc, refit, sparsegpt
 from zoo import normal, relative
 
 METHODS = {"obc": obc.prune, "sparsegpt": sparsegpt.prune}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tersor.probe.hessian import damped_inverse
 from tersor.prune.criteria.base import Criterion, Evidence, per_column, required
-from tersor.prune.reconstruction.hessian import damped_inverse
 
 
 def entries(weight: Tensor, evidence: Evidence) -> Tensor:

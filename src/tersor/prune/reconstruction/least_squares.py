@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import ConfigError
-from tersor.prune.reconstruction.hessian import DAMPING, checked, damped_cholesky
+from tersor.probe.hessian import DAMPING, checked, damped_cholesky
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor | Sequence[int], damping: float = DAMPING) -> Tensor:

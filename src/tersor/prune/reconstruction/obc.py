@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.prune.reconstruction.hessian import DAMPING, checked, damped_inverse, removals
+from tersor.probe.hessian import DAMPING, checked, damped_inverse
+from tersor.prune.reconstruction.removals import removals
 
 AHEAD = 0.2  # how much more than the mean share a row is first tried to lose
 CHUNK = 1 << 22  # numbers that the factors of a chunk of rows hold: about what a cache holds

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.prune.reconstruction.hessian import DAMPING, checked, inverse_upper, removals
+from tersor.probe.hessian import DAMPING, checked, inverse_upper
+from tersor.prune.reconstruction.removals import removals
 
 BLOCK = 128
 
