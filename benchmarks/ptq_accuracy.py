@@ -3,7 +3,7 @@
     python benchmarks/ptq_accuracy.py --data DIR --depth 20 --depth 56 --out benchmarks/results/ptq_accuracy.json
 
 Every contestant calibrates on the same 512 training images, in batches of 32; first and last layer keep 8 bits;
-accuracy is on all 10,000 JPEG test images with paired intervals; every setting that was run is reported, none is chosen.
+accuracy is on all 10,000 JPEG test images with paired intervals; every setting that was run is reported, none chosen.
 Brevitas is optional: `pip install --no-deps brevitas unfoldNd dependencies==2.0.1`.
 The file is written after every row, and rows that it holds are not measured again.
 """
@@ -42,7 +42,7 @@ Answer = Callable[[Tensor], Tensor]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8 nearest": {},
-    "W8A8 data-free": {"data": "distilled", "samples": 256},
+    "W8A8 data-free": {"examples": "distilled", "samples": 256},
     "W4A8 nearest": {"weight_bits": 4},
     "W4A8 mean and variance": {"weight_bits": 4, "correction": "mean_and_variance"},
     "W4A8 gptq, mean and variance": {"weight_bits": 4, "rounding": "gptq", "correction": "mean_and_variance"},

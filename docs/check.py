@@ -137,6 +137,31 @@ def number_formats() -> str:
     return "\n".join(lines)
 
 
+def mixed_precision() -> str:
+    """ResNet-20 with one width for all layers, and with widths by sensitivity."""
+    lines = [
+        f"| limit, bits | widths | average bits | top-1 (float {_result('mixed_precision')['float_top1']:.2f}) | drop "
+        "| better than uniform by |",
+        "|---:|---|---:|---:|---|---|",
+    ]
+    for row in _result("mixed_precision")["rows"]:
+        low, high = row["over_uniform_interval_points"]
+        better = f"{row['over_uniform_points']:+.2f} [{low:+.2f}, {high:+.2f}]" if row["widths"] != "uniform" else ""
+        lines.append(
+            f"| {row['limit']} | {row['widths']} | {row['average_bits']:.2f} | {row['quantized_top1']:.2f} | "
+            f"{_drop(row, 'quantized')} | {better} |"
+        )
+    return "\n".join(lines)
+
+
+def mixed_precision_seconds() -> str:
+    """Processor time of sensitivity."""
+    lines = ["| network, measure | seconds |", "|---|---:|"]
+    for name, seconds in _result("mixed_precision")["sensitivity_seconds"].items():
+        lines.append(f"| {name} | {seconds['processor']:.1f} |")
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -148,6 +173,8 @@ RENDERERS: dict[str, Callable[[], str]] = {
         pruning_trained,
         coupling_speed,
         number_formats,
+        mixed_precision,
+        mixed_precision_seconds,
     )
 }
 

@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [path.relative_to(SOURCE).as_posix() for path in FILES]
 
 # Packages that may be imported inside a function: whoever does not use them pays nothing for them.
-OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "sklearn"}
+OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "sklearn", "transformers"}
 # The measuring process looks at its memory before PyTorch is there.
 LATE = {"measure/worker.py": {"cloudpickle", "torch"}}
 
@@ -46,12 +46,16 @@ METHODS = sorted(
         "prune/regularise.py",
         "prune/structured.py",
         "prune/unstructured.py",
+        "quantize/allocation.py",
+        "quantize/fallback.py",
         "quantize/formats/codebook.py",
         "quantize/formats/floats.py",
         "quantize/formats/kmeans.py",
         "quantize/formats/normal_float.py",
         "quantize/formats/powers.py",
         "quantize/formats/uniform.py",
+        "quantize/mixed.py",
+        "quantize/sensitivity.py",
         "quantize/static.py",
         "train/loop.py",
     }
@@ -62,8 +66,10 @@ MOST_ARGUMENTS = 7
 MORE_ARGUMENTS = {
     "cli/main.py": {"compress_command"},
     "cli/prune.py": {"prune_command"},
+    "cli/quantize.py": {"quantize_command"},
     "core/task.py": {"__init__"},
     "graph/attention.py": {"forward"},  # PyTorch's own signature
+    "hf/text.py": {"text_task"},
     "measure/certificate.py": {"certify_metric"},
     "report/card.py": {"render_card"},
 }

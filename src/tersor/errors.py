@@ -13,7 +13,8 @@ Each message says what was expected, what arrived, where, and what to do next::
     │   ├── OutputError(TypeError)         the model returns a dict or tuple and no output was declared
     │   ├── CaptureError                   `torch.export` cannot trace the model
     │   ├── SurgeryError                   a surgery does not fit the model
-    │   └── CoverageError                  nothing can be pruned
+    │   ├── CoverageError                  nothing can be pruned
+    │   └── AccuracyError                  compression has destroyed what the model knew
     ├── RuntimeUnavailableError(ImportError)  the target runtime is not installed
     ├── UnsupportedError                   the target has no kernel or form for what was asked
     ├── ExportError                        a runtime could not take the model
@@ -73,6 +74,10 @@ class SurgeryError(ModelError):
 
 class CoverageError(ModelError):
     """Nothing in the model can be pruned."""
+
+
+class AccuracyError(ModelError):
+    """The compressed model answers no better than chance."""
 
 
 class RuntimeUnavailableError(TersorError, ImportError):

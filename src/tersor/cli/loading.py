@@ -1,4 +1,4 @@
-"""Turns `package.module:name` on the command line into Python objects."""
+"""Turns `package.module:name` and `hf:…` on the command line into Python objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from tersor.core.candidate import Candidate
 from tersor.core.task import Task
 from tersor.core.weights import fill
 from tersor.errors import ConfigError
+from tersor.hf import PREFIX, load_model, model_directory, parse_task
+from tersor.hf.models import blank_model
 from tersor.prune import read_pruned
+from tersor.prune.saved import WEIGHTS
 
 Weights = Annotated[
     Path | None,
@@ -45,6 +48,11 @@ def load_object(reference: str, option: str) -> Any:
 
 def load_candidate(reference: str, weights: Path | None) -> Candidate:
     """Builds the model, or takes it as it is, and fills in the weights; a directory is one of `tersor prune --out`."""
+    encoder = model_directory(reference)
+    if encoder is not None:
+        if weights is None or not weights.is_dir():
+            return Candidate(load_model(encoder, weights))
+        return read_pruned(weights, lambda: blank_model(encoder, weights / WEIGHTS))
     found = load_object(reference, "--model")
 
     def build() -> nn.Module:
@@ -58,8 +66,23 @@ def load_candidate(reference: str, weights: Path | None) -> Candidate:
     return Candidate(build().eval() if weights is None else fill(build(), weights))
 
 
-def load_task(reference: str) -> Task:
-    """Builds the task, or takes it as it is."""
+def load_task(reference: str, model: str = "", candidate: Candidate | None = None) -> Task:
+    """Builds the task, or takes it as it is.
+
+    Args:
+        reference: `package.module:name`, or `hf:train=FILE,…`.
+        model: The model's reference; a `hf:` task takes its tokenizer from there.
+        candidate: The model, which says how many labels a `hf:` task may have.
+
+    Raises:
+        ConfigError: if it is no task, or a `hf:` task comes without a `hf:` model.
+    """
+    if reference.startswith(PREFIX):
+        encoder = model_directory(model)
+        if encoder is None:
+            raise ConfigError("--task: a task hf:… needs a model hf:DIR, whose tokenizer makes its inputs")
+        module = None if candidate is None else candidate.module
+        return parse_task(reference, encoder, getattr(module, "num_labels", None))
     found = load_object(reference, "--task")
     task = found if isinstance(found, Task) else found()
     if not isinstance(task, Task):

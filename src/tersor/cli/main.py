@@ -24,6 +24,7 @@ from rich.logging import RichHandler
 from tersor.cli.demo import run_demo
 from tersor.cli.loading import Weights, load_candidate, load_task
 from tersor.cli.prune import prune_command
+from tersor.cli.quantize import quantize_command
 from tersor.cli.recipes import recipes_app
 from tersor.core.artifact import verify
 from tersor.core.budget import Budget
@@ -38,6 +39,7 @@ from tersor.errors import (
     TersorError,
     UnsupportedError,
 )
+from tersor.hf import DYNAMIC, PREFIX
 from tersor.measure import Contestant, Protocol, latency
 from tersor.pipeline import Plan, Result, compress, make_plan
 from tersor.report import render_html, render_table
@@ -50,6 +52,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.command("prune")(prune_command)
+app.command("quantize")(quantize_command)
 
 CORES = os.cpu_count() or 1
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -69,8 +72,11 @@ EXIT_CODES: list[tuple[type[TersorError], int]] = [
 
 @app.command("compress")
 def compress_command(
-    model: Annotated[str, typer.Option(help="package.module:build, a function that returns the module.")],
-    task: Annotated[str, typer.Option(help="package.module:task, a tersor.Task or a function that returns one.")],
+    model: Annotated[str, typer.Option(help="package.module:build, a function that returns the module, or hf:DIR.")],
+    task: Annotated[
+        str,
+        typer.Option(help="package.module:task, a tersor.Task or a function that returns one, or hf:train=FILE,…"),
+    ],
     out: Annotated[Path, typer.Option(help="Run directory; the artifact is OUT/artifact.")],
     weights: Weights = None,
     max_drop: Annotated[float | None, typer.Option(help="Acceptable drop, 0.01 = one point.")] = 0.01,
@@ -86,10 +92,11 @@ def compress_command(
 ) -> None:
     """Compress a trained model under a budget, deploy it, measure it, certify what it cost."""
     budget = Budget(max_drop=max_drop, confidence=confidence, rounds=rounds)
-    place = Target(target, threads=threads, batch=batch)
+    place = Target(target, threads=threads, batch=batch, dynamic=DYNAMIC if task.startswith(PREFIX) else {})
     start: Callable[..., Plan | Result] = make_plan if dry_run else partial(compress, out=out)
     with redirect_stdout(sys.stderr):  # whatever the model and its data print is no result
-        candidate, data = load_candidate(model, weights), load_task(task)
+        candidate = load_candidate(model, weights)
+        data = load_task(task, model, candidate)
         found = start(candidate, data, budget=budget, target=place, recipe=recipe, seed=seed)
     if isinstance(found, Plan):
         typer.echo(json.dumps({**found.as_data(), "out": str(out)}, indent=2, default=str))

@@ -68,7 +68,8 @@ def prune_command(
     if out is not None and out.exists():
         raise OutputDirectoryError(f"{out} already exists; choose another directory or remove it")
     with redirect_stdout(sys.stderr):  # whatever the model and its data print is no result
-        candidate, data = load_candidate(model, weights), load_task(task)
+        candidate = load_candidate(model, weights)
+        data = load_task(task, model, candidate)
         if dry_run:
             found: _Coupled | _Done = _Coupled(candidate.module, data, step)
         else:

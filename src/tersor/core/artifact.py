@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +17,7 @@ from tersor.core.signature import Signature
 from tersor.core.surgery import SCHEMA as SURGERY_VERSION
 from tersor.core.surgery import Surgery
 from tersor.core.target import Target
-from tersor.errors import ConfigError, IntegrityError
+from tersor.errors import ArtifactError, ConfigError, IntegrityError
 
 MANIFEST = "manifest.json"
 SURGERY = "surgery.json"
@@ -62,7 +63,7 @@ def describe_files(directory: Path) -> dict[str, FileEntry]:
     return {
         path.relative_to(directory).as_posix(): FileEntry(sha256=sha256(path), size_bytes=path.stat().st_size)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != directory / MANIFEST
     }
 
 
@@ -114,6 +115,49 @@ def verify(directory: Path) -> Manifest:
         if sha256(path) != entry.sha256:
             raise IntegrityError(f"{path} was changed: its SHA-256 does not match the manifest")
     return manifest
+
+
+def check_attachments(attachments: Mapping[str, str | Path]) -> dict[str, Path]:
+    """Files that travel along in an artifact: where they will lie in it, and where they are now.
+
+    They lie in directories without a dot, such as `tokenizer/vocab.txt`: the artifact's own files are all at its top
+    and have one, so that no name can be taken twice.
+
+    Raises:
+        ConfigError: if a place is absolute, leads outside, is not in such a directory, is both file and directory, or
+            its file does not exist.
+    """
+    checked: dict[str, Path] = {}
+    for name, file in attachments.items():
+        place, path = PurePosixPath(name), Path(file)
+        outside = place.is_absolute() or ".." in place.parts or str(place) != name or bool(set(name) & set("\\:\0"))
+        if outside or len(place.parts) < 2 or "." in place.parts[0]:
+            raise ConfigError(
+                f"attachments: expected a relative place in a directory, such as 'tokenizer/vocab.txt', got {name!r}"
+            )
+        if not path.is_file():
+            raise ConfigError(f"attachments: {name!r} is to be a copy of {path}, which is not a file")
+        checked[name] = path
+    folders = {str(parent) for name in checked for parent in PurePosixPath(name).parents}
+    for name in sorted(folders & set(checked)):
+        raise ConfigError(f"attachments: {name!r} cannot be both a file and a directory")
+    return checked
+
+
+def attach(directory: Path, attachments: Mapping[str, Path]) -> None:
+    """Copies what `check_attachments` allowed into an artifact that has no manifest yet.
+
+    Raises:
+        ArtifactError: if a file is gone by now, or its place in the artifact is taken.
+    """
+    for name, file in attachments.items():
+        place = directory / name
+        if place.exists():
+            raise ArtifactError(f"attachments: the artifact has a file {name!r} of its own; choose another name")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            raise ArtifactError(f"attachments: {file} was there when the task was made, but is gone now")
+        shutil.copyfile(file, place)
 
 
 def dump_surgeries(surgeries: Sequence[Surgery]) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.core.target import Target
 from tersor.core.task import Task
@@ -14,6 +14,7 @@ from tersor.core.task import Task
 logger = logging.getLogger("tersor")
 
 Progress = Callable[[str, int, int], None]
+Distance = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -30,6 +31,8 @@ class Context:
         original: A frozen copy of the caller's model: teacher and reference.
         seed: Fixes every random choice of the run.
         progress: `(label, done, total)`, called as work goes on.
+        losses: Distillation losses by name, `(outputs, original's outputs, temperature) -> scalar`, for steps that
+            train but may not import `distill`.
     """
 
     task: Task
@@ -37,3 +40,4 @@ class Context:
     original: nn.Module
     seed: int = 0
     progress: Progress = field(default=_silent)
+    losses: Mapping[str, Distance] = field(default_factory=dict)

@@ -11,7 +11,8 @@ quantize   prune, recover - but only if another quantize follows: whatever chang
 =========  ==================================================================================
 
 So `prune -> recover -> quantize` (the default) and `quantize -> prune -> recover -> quantize` are legal;
-`prune -> quantize -> recover` and `quantize -> quantize` are not.
+`prune -> quantize -> recover` and `quantize -> quantize` are not. Quantization-aware training is a `quantize` that
+trains by itself, from float weights: it comes instead of a post-training step, not after one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ LEGAL: dict[Kind | None, frozenset[Kind]] = {
     "quantize": frozenset({"prune", "recover"}),
 }
 REASONS: dict[tuple[Kind, Kind], str] = {
-    ("quantize", "quantize"): "nothing changed since the last one, so it can only add rounding error",
+    ("quantize", "quantize"): "nothing changed since the last one, so it can only add rounding error; "
+    "quantization-aware training starts from float weights and needs no quantization before it",
 }
 
 

@@ -95,20 +95,22 @@ class TensorQuant(Config):
     module: str = Field(default="", description="path of the module that computes with it")
 
 
-Mode = Literal["static", "dynamic", "weight_only"]
+Mode = Literal["static", "dynamic", "weight_only", "float16", "bfloat16"]
+HALF_BITS = 16
 
 
 class QuantPlan(Config):
     """Everything that quantization did to a model, as data.
 
-    `mode` says what happens to activations: rounded with fixed scales, with scales found at run time, or not at all.
-    With `pack`, weights of at most 4 bits are stored as such; otherwise every code takes the byte that fast kernels
-    want.
+    `mode` says what happens to activations: rounded with fixed scales, with scales found at run time, or not at all;
+    or it names the shorter float type that the parameters in `casts` are stored in. With `pack`, weights of at most 4
+    bits are stored as such; otherwise every code takes the byte that fast kernels want.
     """
 
     tensors: list[TensorQuant]
     mode: Mode = "static"
     pack: bool = False
+    casts: list[str] = Field(default_factory=list)
 
     @property
     def weights(self) -> dict[str, TensorQuant]:
@@ -117,17 +119,26 @@ class QuantPlan(Config):
 
     @property
     def precision(self) -> str:
-        """What the target must be able to run, as in `Runtime.formats`: e.g. `int8`, `int8-dynamic`, `int4-weights`."""
+        """What the target must be able to run, as in `Runtime.formats`: e.g. `int8`, `int4-weights`, `float16`."""
         packed = self.pack and any(tensor.scheme.bits <= 4 for tensor in self.weights.values())
         return precision_name(self.mode, packed=packed)
 
     @property
+    def stored(self) -> dict[str, str]:
+        """Number format of each parameter that is stored in fewer bits, by path."""
+        formats = {path: f"int{tensor.scheme.bits}" for path, tensor in self.weights.items()}
+        return formats | dict.fromkeys(self.casts, self.mode)
+
+    @property
     def weight_bits(self) -> int | None:
-        """Bits of the widest quantized weight; None if there is none."""
-        return max((tensor.scheme.bits for tensor in self.weights.values()), default=None)
+        """Bits of the widest weight that has fewer than 32; None if there is none."""
+        bits = [tensor.scheme.bits for tensor in self.weights.values()] + [HALF_BITS] * bool(self.casts)
+        return max(bits, default=None)
 
 
 def precision_name(mode: Mode, *, packed: bool) -> str:
     """The name of a mode and the type that its weights are stored in."""
+    if mode == "float16" or mode == "bfloat16":
+        return mode
     suffix = {"static": "", "dynamic": "-dynamic", "weight_only": "-weights"}[mode]
     return ("int4" if packed else "int8") + suffix

@@ -154,6 +154,33 @@ class Pruning(Config):
     layers: list[str] = Field(default_factory=list, description="modules with parameters of their own, in order")
 
 
+class QuantizedLayer(Config):
+    """Widths of one layer, and what they were chosen by."""
+
+    name: str
+    parameters: int
+    macs: int = Field(description="of one call at batch 1")
+    weight_bits: int = Field(description="32: float")
+    activation_bits: int | None = Field(default=None, description="of its input; None: float, or no input to round")
+    losses: list[float] = Field(
+        default_factory=list, description="if this layer alone is rounded, at each of the widths; empty: not measured"
+    )
+
+
+class QuantizationRecord(Config):
+    """Which layer got how many bits."""
+
+    measure: str | None = Field(default=None, description="what the losses are; None: not measured")
+    widths: list[int] = Field(default_factory=list, description="bits at which the losses were measured")
+    layers: list[QuantizedLayer] = Field(description="in the order of the model")
+
+    @property
+    def average_bits(self) -> float:
+        """Bits per parameter of these layers, scales left out."""
+        total = sum(layer.parameters for layer in self.layers)
+        return sum(layer.weight_bits * layer.parameters for layer in self.layers) / max(total, 1)
+
+
 class StepRecord(Config):
     """What a step did, for the history."""
 
@@ -162,6 +189,7 @@ class StepRecord(Config):
     seconds: float
     notes: list[str] = Field(default_factory=list)
     pruning: Pruning | None = Field(default=None, description="of steps that remove whole units")
+    quantization: QuantizationRecord | None = Field(default=None, description="of steps that choose widths")
 
 
 class Report(Config):

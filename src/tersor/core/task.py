@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tersor.core.artifact import check_attachments
 from tersor.core.batch import Batch
 from tersor.core.metrics import METRICS, Metric, as_metric
 from tersor.core.partition import partition
@@ -43,11 +45,14 @@ class Task:
         collate: Turns a list of examples into a batch.
         class_names: For the report and the artifact.
         preprocessing: One line for whoever runs the artifact: how an input is made.
+        attachments: Files that travel along in the artifact, such as a tokenizer's: their places in it, each in a
+            directory (`tokenizer/vocab.txt`), and where they are now.
         seed: Fixes every random choice about data.
 
     Raises:
         OverlapError: if two splits share examples; only `calibrate` may come from `train`.
         DataError: if a split is empty or malformed.
+        ConfigError: if an attachment does not exist or its place leads outside.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Task:
         collate: Collate | None = None,
         class_names: tuple[str, ...] = (),
         preprocessing: str = "",
+        attachments: Mapping[str, str | Path] | None = None,
         seed: int = 0,
     ) -> None:
         given = {
@@ -85,6 +91,7 @@ class Task:
         self.output = output
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
+        self.attachments = check_attachments(attachments or {})
         self.seed = seed
         self._check_overlap()
         if "calibrate" not in self.splits and "train" in self.splits:

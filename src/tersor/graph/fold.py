@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from tersor.graph.rules import COMPUTE
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
+_LINEAR = torch.ops.aten.linear.default
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def fold_batch_norm(graph_module: fx.GraphModule) -> dict[str, FoldedNorm]:
         parameters = [weight_node, *([bias_node] if bias_node is not None else [])]
         if any(node.op != "get_attr" or len(node.users) > 1 for node in parameters):
             continue
+        if layer.target is _LINEAR and layer.meta["val"].ndim != 2:
+            continue  # BatchNorm counts channels along the second dimension, a linear layer along the last
         grouped = rule.channel_axis != 0 and len(layer.args) > 6 and layer.args[6] != 1  # transposed: `[I, O / G, …]`
         if grouped:
             continue

@@ -106,11 +106,14 @@ def round_bias(bias: Tensor, scale: Tensor) -> Tensor:
 
 def _replace_activation(graph_module: fx.GraphModule, node: fx.Node, quantizer: FakeQuantize) -> None:
     name = "q_" + str(node.target).rpartition(".")[2]
-    zero_point = quantizer.zero_point.to(quantizer.dtype)
+    zero_point, scheme, source = quantizer.zero_point.to(quantizer.dtype), quantizer.scheme, node.args[0]
     with graph_module.graph.inserting_before(node):
+        if scheme.bits < 8:  # the operator saturates where its integer type ends
+            ends = [float((code - quantizer.zero_point) * quantizer.scale) for code in (scheme.qmin, scheme.qmax)]
+            source = graph_module.graph.call_function(torch.ops.aten.clamp.default, (source, *ends))
         scale_node = _constant(graph_module, f"{name}_scale", quantizer.scale.reshape(()))
         zero_node = _constant(graph_module, f"{name}_zero", zero_point.reshape(()))
-        new = graph_module.graph.call_function(quantize_dequantize, (node.args[0], scale_node, zero_node))
+        new = graph_module.graph.call_function(quantize_dequantize, (source, scale_node, zero_node))
     node.replace_all_uses_with(new)
     graph_module.graph.erase_node(node)
 

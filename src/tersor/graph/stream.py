@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 Environment = dict[fx.Node, Any]
@@ -37,6 +38,8 @@ class Stream:
         inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         for environment, batch in zip(self.environments, batches, strict=True):
             environment.update(zip(inputs, batch, strict=True))
+        if any(map(mutates, self._nodes)):  # the caller's tensors stay as they are
+            self.environments = [copied(environment) for environment in self.environments]
 
     def advance(self, node: fx.Node) -> list[Tensor]:
         """Runs up to and including `node`; returns its value for each batch."""
@@ -52,7 +55,7 @@ class Stream:
 
     def peek(self, node: fx.Node) -> list[Tensor]:
         """What `node` would give now, without going on; what it needs must be there."""
-        return [call(self.graph_module, node, environment) for environment in self.environments]
+        return [run(self.graph_module, [node], environment) for environment in self.environments]
 
 
 def call(graph_module: fx.GraphModule, node: fx.Node, environment: Environment) -> Any:
@@ -75,10 +78,20 @@ def call(graph_module: fx.GraphModule, node: fx.Node, environment: Environment) 
 
 def run(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], environment: Environment) -> Any:
     """The value of the last of the nodes, which are run in turn; the environment stays as it is."""
-    values = dict(environment)
+    values = copied(environment) if any(map(mutates, nodes)) else dict(environment)
     for node in nodes:
         values[node] = call(graph_module, node, values)
     return values[nodes[-1]]
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether this is an operator like `relu_`, which writes into its operand."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def copied(environment: Environment) -> Environment:
+    """The same values in memory of their own."""
+    return {node: value.clone() if isinstance(value, Tensor) else value for node, value in environment.items()}
 
 
 def varying(graph_module: fx.GraphModule) -> list[fx.Node]:
@@ -111,7 +124,8 @@ def segments(graph_module: fx.GraphModule, marked: AbstractSet[fx.Node]) -> list
     found: list[list[fx.Node]] = [[]]
     for place, node in enumerate(nodes):
         found[-1].append(node)
-        if node in marked or not counting.isdisjoint(node.all_input_nodes):
+        sized = not isinstance(node.meta.get("val"), Tensor)  # a size is no value that layers give
+        if node in marked or not (sized or counting.isdisjoint(node.all_input_nodes)):
             counting.add(node)
         needed = [value for value in counting if last.get(value, -1) > place]
         if needed == [node] and not marked.isdisjoint(found[-1]):

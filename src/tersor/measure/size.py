@@ -67,7 +67,7 @@ def layer_table(
     original: nn.Module, deployed: nn.Module, plan: QuantPlan | None, macs: Mapping[str, int]
 ) -> list[Layer]:
     """One row per module that holds parameters of its own, in the order of the model."""
-    quantized = plan.weights if plan is not None else {}
+    stored = plan.stored if plan is not None else {}
     rows = []
     for path, module in deployed.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -78,7 +78,7 @@ def layer_table(
             for name, parameter in own.items()
             if parameter.ndim >= 2
         ]
-        bits = [quantized[full].scheme.bits for name in own if (full := f"{path}.{name}".lstrip(".")) in quantized]
+        formats = [stored[full] for name in own if (full := f"{path}.{name}".lstrip(".")) in stored]
         rows.append(
             Layer(
                 name=path or "(model)",
@@ -86,7 +86,7 @@ def layer_table(
                 parameters=sum(parameter.numel() for parameter in own.values()),
                 nonzero_parameters=sum(int(torch.count_nonzero(parameter)) for parameter in own.values()),
                 macs=macs.get(path, 0),
-                precision=f"int{max(bits)}" if bits else "float32",
+                precision=max(formats, default="float32"),
                 weight_error=max((error for error in errors if error is not None), default=None),
             )
         )

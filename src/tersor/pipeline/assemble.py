@@ -49,10 +49,10 @@ def assemble(
 
 def _coverage(plan: Plan, deployed: Exported, layers: list[Layer], total_macs: int) -> Coverage:
     candidate = deployed.candidate
-    quantized = candidate.plan.weights if candidate.plan is not None else {}
+    stored = candidate.plan.stored if candidate.plan is not None else {}
     total = sum(parameter.numel() for parameter in candidate.module.parameters())
     parameters = dict(candidate.module.named_parameters(remove_duplicate=False))
-    in_low = sum(parameters[path].numel() for path in quantized if path in parameters)  # a weight may be a buffer
+    in_low = sum(parameters[path].numel() for path in stored if path in parameters)  # a weight may be a buffer
     before = sum(parameter.numel() for parameter in plan.original.parameters())
     pruned = before - total + sum(int((~mask).sum()) for mask in candidate.masks.values())
     low_macs = sum(layer.macs for layer in layers if layer.precision != "float32")

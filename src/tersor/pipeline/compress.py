@@ -18,6 +18,7 @@ from tersor.core.artifact import (
     SCHEMA_VERSION,
     SURGERY,
     Manifest,
+    attach,
     describe_files,
     dump_surgeries,
     verify,
@@ -32,11 +33,13 @@ from tersor.core.report import Report
 from tersor.core.signature import Signature
 from tersor.core.target import Target
 from tersor.core.task import Task
+from tersor.distill import losses
 from tersor.pipeline.assemble import assemble
 from tersor.pipeline.measuring import certificate_for, export, measure_facts
 from tersor.pipeline.plan import Plan, make_plan
 from tersor.pipeline.progress import shown
 from tersor.pipeline.run_directory import RunDirectory
+from tersor.quantize.qat import Qat
 from tersor.report import render_card, render_html, render_table
 from tersor.runtimes.parity import check_parity
 
@@ -126,16 +129,20 @@ def compress(
 
 def run_recipe(plan: Plan, run: RunDirectory, progress: Progress) -> Candidate:
     """Applies the steps, taking finished ones from the run directory."""
-    context = Context(plan.task, plan.target, plan.original, plan.seed, progress)
+    distances = {name: getattr(losses, name) for name in losses.__all__}
+    context = Context(plan.task, plan.target, plan.original, plan.seed, progress, distances)
+    for step in plan.recipe.steps:
+        if isinstance(step, Qat):
+            step.check(context)
     candidate = replace(plan.start, module=copy.deepcopy(plan.original))
     for position, step in enumerate(plan.recipe.steps, start=1):
         finished = run.load_stage(position, candidate)
         if finished is not None:
-            candidate = finished
+            candidate = step.resume(finished, context) if isinstance(step, Qat) else finished
             continue
         logger.info("step %d of %d: %s", position, len(plan.recipe.steps), step.name)
         candidate = step.apply(candidate, context)
-        if candidate.plan is None:
+        if candidate.plan is None or isinstance(step, Qat):  # other quantization is quick, so simply done again
             run.save_stage(position, candidate)
     return candidate
 
@@ -161,6 +168,7 @@ def write_documents(plan: Plan, candidate: Candidate, report: Report, directory:
         (directory / SURGERY).write_bytes(dump_surgeries(candidate.surgeries))
     (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
     (directory / "report.html").write_text(render_html(report))
+    attach(directory, plan.task.attachments)
     hashes = {name: entry.sha256 for name, entry in describe_files(directory).items()}
     card = render_card(
         report,
@@ -169,6 +177,7 @@ def write_documents(plan: Plan, candidate: Candidate, report: Report, directory:
         outputs=_described(plan.signature, inputs=False),
         preprocessing={"inputs": plan.task.preprocessing} if plan.task.preprocessing else {},
         labels=plan.task.class_names,
+        model_file=next((name for name in ("model.onnx", "model.xml") if name in hashes), None),  # not an attached one
     )
     (directory / "README.md").write_text(card)
     manifest = Manifest(

@@ -17,6 +17,7 @@ from tersor.core.artifact import dump_surgeries
 from tersor.core.batch import select_output
 from tersor.core.budget import Budget
 from tersor.core.candidate import Candidate, check_finite_weights, frozen_copy
+from tersor.core.files import sha256
 from tersor.core.recipe import Recipe
 from tersor.core.signature import Signature, input_names, signature_of
 from tersor.core.split import Split
@@ -76,7 +77,9 @@ class Plan:
     def _task_data(self) -> dict[str, Any]:
         """Everything of the task that ends up in weights, numbers or files; functions by name only."""
         task = self.task
+        attached = {name: sha256(path) for name, path in task.attachments.items()}
         return {
+            **({"attachments": attached} if attached else {}),  # runs of former versions have none
             "metric": task.metric.name,
             "output": repr(task.output),
             "class_names": task.class_names,

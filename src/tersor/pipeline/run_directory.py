@@ -14,6 +14,7 @@ from safetensors.torch import save
 from tersor.core.artifact import dump_surgeries, parse_surgeries
 from tersor.core.candidate import Candidate
 from tersor.core.files import disk_errors, write_whole
+from tersor.core.quantization import QuantPlan
 from tersor.core.report import StepRecord
 from tersor.core.surgery import Surgery
 from tersor.errors import IntegrityError, OutputDirectoryError
@@ -25,6 +26,7 @@ ARTIFACT = "artifact"
 _MASK = "mask:"
 _STATE = "state:"
 _SURGERY = "surgery"
+_PLAN = "plan"
 
 
 class RunDirectory:
@@ -71,17 +73,19 @@ class RunDirectory:
         write_whole(marker, (json.dumps({"fingerprint": self.fingerprint}, indent=2) + "\n").encode())
 
     def save_stage(self, position: int, candidate: Candidate) -> None:
-        """Keeps a candidate whose weights changed; quantization is quick and exact, so it is simply done again."""
+        """Keeps a candidate without its simulation, which the step that made it can build from module and plan."""
         tensors = {_STATE + name: value.contiguous().clone() for name, value in candidate.module.state_dict().items()}
         tensors |= {_MASK + name: mask.to(torch.uint8) for name, mask in candidate.masks.items()}
         if candidate.surgeries:  # among the tensors, so that the hash covers them
-            tensors[_SURGERY] = torch.frombuffer(bytearray(dump_surgeries(candidate.surgeries)), dtype=torch.uint8)
+            tensors[_SURGERY] = _as_tensor(dump_surgeries(candidate.surgeries))
+        if candidate.plan is not None:
+            tensors[_PLAN] = _as_tensor(candidate.plan.model_dump_json().encode())
         history = json.dumps([record.model_dump(mode="json") for record in candidate.history])
         metadata = {"history": history, "sha256": tensors_hash(tensors)}
         write_whole(self._stage(position), save(tensors, metadata=metadata))
 
     def load_stage(self, position: int, candidate: Candidate) -> Candidate | None:
-        """The candidate that the step at `position` left, None if it never finished."""
+        """The candidate that the step at `position` left, as yet without simulation; None if it never finished."""
         path = self._stage(position)
         if not path.exists():
             return None
@@ -98,6 +102,7 @@ class RunDirectory:
         surgeries: tuple[Surgery, ...] = ()
         if _SURGERY in tensors:
             surgeries = parse_surgeries(tensors[_SURGERY].numpy().tobytes(), str(path))
+        plan = QuantPlan.model_validate_json(tensors[_PLAN].numpy().tobytes()) if _PLAN in tensors else None
         done = len(fresh.surgeries)
         if surgeries[:done] != fresh.surgeries:
             raise IntegrityError(f"{path} belongs to a model that was cut otherwise; remove it to repeat this step")
@@ -107,10 +112,14 @@ class RunDirectory:
         )
         masks = {name.removeprefix(_MASK): value.bool() for name, value in tensors.items() if name.startswith(_MASK)}
         records = tuple(StepRecord.model_validate_json(json.dumps(record)) for record in history)
-        return replace(fresh, module=module, masks=masks, surgeries=surgeries, history=records)
+        return replace(fresh, module=module, masks=masks, surgeries=surgeries, plan=plan, history=records)
 
     def _stage(self, position: int) -> Path:
         return self.path / "stages" / f"{position:02d}.safetensors"
+
+
+def _as_tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _is_half_claimed(entry: Path) -> bool:

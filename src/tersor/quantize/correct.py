@@ -18,25 +18,26 @@ from tersor.graph.fold import get_tensor, set_parameter
 from tersor.graph.stream import Stream
 from tersor.quantize.layers import Layer, bias_of, give_biases, layers, set_bias
 from tersor.quantize.prepare import Batches, Prepared, along
-from tersor.quantize.reference import float_reference
+from tersor.quantize.reference import Reference, float_reference
 
 Correction = Literal["mean", "mean_and_variance"]
 LARGEST = 2.0  # a factor beyond tells of a channel that rounding has all but silenced, not of its spread
 
 
-def correct(prepared: Prepared, batches: Batches, what: Correction) -> None:
+def correct(prepared: Prepared, batches: Batches, what: Correction, reference: Reference | None = None) -> None:
     """Corrects the layers in their order, in place; all ranges must be set.
 
     Args:
         prepared: Biases and, with variances, the scales of weights change.
         batches: Examples.
         what: Means alone, or variances too.
+        reference: The graph before its weights were rounded; None if they still are as they were.
     """
     give_biases(prepared)
     inputs = [tuple(batch.tensors().values()) for batch in _checked(batches)]
-    reference, nodes = float_reference(prepared)
+    exact, nodes = float_reference(prepared) if reference is None else reference
     with torch.no_grad():
-        wanted, given = Stream(reference, inputs), Stream(prepared.simulation, inputs)
+        wanted, given = Stream(exact, inputs), Stream(prepared.simulation, inputs)
         for layer in layers(prepared):
             given.advance(layer.source)
             mean, spread = _moments(wanted.advance(nodes[layer.node.name]), layer)

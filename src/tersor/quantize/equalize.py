@@ -19,20 +19,23 @@ from tersor.quantize.prepare import along
 
 _aten = torch.ops.aten
 # Functions that a positive factor per channel passes through.
-HOMOGENEOUS = frozenset(
+_POINTWISE = frozenset(
     {
         _aten.relu.default,
         _aten.relu_.default,
         _aten.leaky_relu.default,
         _aten.leaky_relu_.default,
         _aten.dropout.default,
-        _aten.max_pool1d.default,
-        _aten.max_pool2d.default,
-        _aten.avg_pool1d.default,
-        _aten.avg_pool2d.default,
-        _aten.adaptive_avg_pool2d.default,
     }
 )
+# Over how many dimensions they pool: behind other layers they would mix the channels.
+_POOLED: dict[object, int] = {
+    _aten.max_pool1d.default: 1,
+    _aten.avg_pool1d.default: 1,
+    _aten.max_pool2d.default: 2,
+    _aten.avg_pool2d.default: 2,
+    _aten.adaptive_avg_pool2d.default: 2,
+}
 ROUNDS = 20
 CONVERGED = 1e-3
 LIMIT = 1e4  # of a factor: dead channels would have none
@@ -69,12 +72,23 @@ def _pairs(graph_module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
         second = first
         while len(second.users) == 1:
             (second,) = second.users
-            if second.target not in HOMOGENEOUS:
+            if not passes(first, second):
                 break
-        fits = owns_its_weight(second) and second is not first and _channels(second, columns=True) == _channels(first)
-        if fits:
+        if second is first or not owns_its_weight(second) or _dimensions(second) != _dimensions(first):
+            continue  # a linear layer's channels are the last dimension, a convolution's the second
+        if _channels(second, columns=True) == _channels(first):
             found.append((first, second))
     return found
+
+
+def passes(layer: fx.Node, function: fx.Node) -> bool:
+    """Whether a positive factor per channel of a layer passes through a function behind it."""
+    return function.target in _POINTWISE or _POOLED.get(function.target) == _dimensions(layer)
+
+
+def _dimensions(node: fx.Node) -> int:
+    """Of a convolution; of a linear layer 0."""
+    return int(node.args[1].meta["val"].ndim) - 2  # type: ignore[union-attr]
 
 
 def owns_its_weight(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from tersor.graph.fold import get_tensor, set_parameter
 from tersor.graph.rules import COMPUTE, TRANSPOSED
 from tersor.graph.rules.base import ComputeRule
+from tersor.graph.stream import varying
 from tersor.probe.columns import Window
 from tersor.quantize.prepare import Prepared
 
@@ -80,9 +81,12 @@ def _spread(value: Any, count: int) -> list[int]:
 
 
 def layers(prepared: Prepared) -> list[Layer]:
-    """Convolutions and linear layers whose weight is rounded and read by them alone, in the order of the graph."""
+    """Convolutions and linear layers whose weight is rounded and read by them alone, in the order of the graph.
+
+    Without those that no input reaches, and those whose bias is computed.
+    """
     placed, found = prepared.placement.weights, []
-    for node in prepared.simulation.graph.nodes:
+    for node in varying(prepared.simulation):
         rule = COMPUTE.get(node.target)
         if rule is None or rule.weight is None or not rule.activations or node.target in TRANSPOSED:
             continue
@@ -90,9 +94,13 @@ def layers(prepared: Prepared) -> list[Layer]:
         if isinstance(weight, fx.Node) and weight.op == "call_module" and str(weight.target) in placed:
             stored = weight.args[0]
             assert isinstance(stored, fx.Node)  # noqa: S101 - a quantizer has one operand
-            if len(weight.users) == 1 and len(stored.users) == 1:
+            bias = node.args[rule.bias] if rule.bias is not None and rule.bias < len(node.args) else None
+            constant = not isinstance(bias, fx.Node) or bias.op == "get_attr"
+            if constant and len(weight.users) == 1 and len(stored.users) == 1:
                 path, module = str(weight.target), str(node.meta.get("module", ""))
-                found.append(Layer(node, module, placed[path], path, node.args[rule.activations[0]]))
+                source = node.args[rule.activations[0]]
+                assert isinstance(source, fx.Node)  # noqa: S101 - the operator's schema
+                found.append(Layer(node, module, placed[path], path, source))
     return found
 
 

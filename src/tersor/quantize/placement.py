@@ -54,6 +54,8 @@ def place(graph_module: fx.GraphModule, widths: Widths, style: Style) -> Placeme
     edges = {inner[0], inner[-1]} if inner else set()
     widths.check_used(_module(node) for node in layers)
     bits = {node: widths.weight(_module(node), edge=node in edges) for node in layers}
+    kept = {_weight(node) for node in layers if bits[node] == FLOAT}
+    bits |= {node: FLOAT for node in layers if _weight(node) in kept}  # a weight that is shared is one for all
     bits |= {node: KERNEL_BITS for node in layers if node.target in LOOKUPS and bits[node] != FLOAT}
     compute = [node for node in able if bits.get(node) != FLOAT]
     groups = _Groups()
@@ -83,13 +85,20 @@ def place(graph_module: fx.GraphModule, widths: Widths, style: Style) -> Placeme
             path = f"{WEIGHTS_PREFIX}.{str(weight.target).replace('.', '_')}"
             while path in weights:  # `a.b_c` and `a_b.c`
                 path += "_"
-            reduced = style.reduced_weights and node.target not in LOOKUPS
-            scheme = weight_scheme(bits[node], rule.channel_axis, reduced=reduced)
+            readers = [user for user in weight.users if user in bits]
+            kernels = [user for user in readers if user.target not in LOOKUPS]  # they decide, as for a tied head
+            reduced = style.reduced_weights and bool(kernels)
+            width = max(bits[user] for user in kernels or readers)
+            scheme = weight_scheme(width, rule.channel_axis, reduced=reduced)
             graph_module.add_submodule(path, FakeQuantize(scheme))
             weights[path] = str(weight.target)
             _insert_after(graph_module, weight, path)
     graph_module.recompile()
     return Placement(activations, weights, tuple(node.name for node in compute))
+
+
+def _weight(layer: fx.Node) -> object:
+    return layer.args[COMPUTE[layer.target].weight or 0]
 
 
 def _module(node: fx.Node) -> str:
@@ -106,7 +115,10 @@ def _computes(graph_module: fx.GraphModule, node: fx.Node, style: Style) -> bool
         return False
     if rule.weight is not None:
         weight = node.args[rule.weight]
-        return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_parameter(graph_module, weight)
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not _is_parameter(graph_module, weight):
+            return False
+        axes = {COMPUTE[user.target].channel_axis for user in weight.users if user.target in COMPUTE}
+        return len(axes) == 1  # a convolution and a transposed one that share a weight cannot share its scales
     # Sums and averages are worth it only inside a chain of low-precision operators.
     return all(map(_varies, operands)) if node.target in PRODUCTS else _inside_chain(node)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch.optim import Adam
 from tersor.graph import FakeQuantize
 from tersor.graph.fold import get_tensor, set_parameter
 from tersor.graph.rules import ACTIVATIONS
-from tersor.graph.stream import Environment, Stream, run, segments
+from tersor.graph.stream import Environment, Stream, copied, mutates, run, segments, varying
 from tersor.quantize.layers import Layer, layers
 from tersor.quantize.prepare import Batches, Prepared, along
 from tersor.quantize.reference import float_reference
@@ -95,7 +96,9 @@ def reconstruct(
 def _parts(prepared: Prepared, unit: Unit) -> list[_Part]:
     found = layers(prepared)
     if unit == "layer":
-        return [_Part([layer.node, *_fused(layer.node)], [layer]) for layer in found]
+        order = varying(prepared.simulation)
+        behind = dict(pairwise(order))
+        return [_Part([layer.node, *_fused(layer.node, behind.get(layer.node))], [layer]) for layer in found]
     compute = set(prepared.placement.compute)
     marked = {
         node
@@ -111,10 +114,10 @@ def _parts(prepared: Prepared, unit: Unit) -> list[_Part]:
     return parts
 
 
-def _fused(node: fx.Node) -> list[fx.Node]:
-    """The activation function behind a layer."""
-    (user,) = node.users if len(node.users) == 1 else (node,)
-    return [user] if user.target in ACTIVATIONS else []
+def _fused(node: fx.Node, behind: fx.Node | None) -> list[fx.Node]:
+    """The activation function right behind a layer; another layer between them must be learned before it runs."""
+    alone = behind is not None and list(node.users) == [behind]
+    return [behind] if behind is not None and alone and behind.target in ACTIVATIONS else []
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class _Data:
             [dict(zip(variable, values, strict=True)) for values in zip(*columns, strict=True)]
             for columns in (rounded, exact)
         ]
+        if any(map(mutates, part.nodes)):
+            pairs[1] = [copied(values) for values in pairs[1]]  # else going on would change them
         return cls(pairs[0], pairs[1], wanted.advance(nodes[part.nodes[-1].name]))
 
 
@@ -157,20 +162,20 @@ class _Dropping(nn.Module):
 
 
 class _Soft(nn.Module):
-    """In the place of a weight's quantizer: the soft value, whatever the weight."""
+    """In the place of a weight's quantizer: the soft value; what pruning made zero stays zero."""
 
     def __init__(self, rounding: SoftRounding) -> None:
         super().__init__()
         self.rounding = rounding
 
-    def forward(self, _: Tensor) -> Tensor:
+    def forward(self, weight: Tensor) -> Tensor:
         value: Tensor = self.rounding()
-        return value
+        return value.masked_fill(weight == 0, 0)
 
 
 def mixed(rounded: Tensor, exact: Tensor, drop: float, generator: torch.Generator) -> Tensor:
     """Each entry the exact one with probability `drop`, else the rounded one."""
-    if drop == 0 or not rounded.is_floating_point():
+    if drop == 0 or not isinstance(rounded, Tensor) or not rounded.is_floating_point():  # sizes, masks
         return rounded
     return torch.where(torch.rand(rounded.shape, generator=generator) < drop, exact, rounded)
 
@@ -203,7 +208,8 @@ def _train(prepared: Prepared, part: _Part, data: _Data, settings: Settings, gen
             optimizer.step()
     scales = {path: prepared.quantizer(path).scale for path in steps}
     for layer in part.layers:
-        set_parameter(graph_module, layer.weight, soft[layer.quantizer].hard())
+        pruned = before[layer.weight] == 0
+        set_parameter(graph_module, layer.weight, soft[layer.quantizer].hard().masked_fill(pruned, 0))
     for path, learned in steps.items():
         prepared.quantizer(path).scale = learned.log_scale.detach().exp()
     if not _error(graph_module, part, data) < error:
@@ -227,9 +233,12 @@ def _learning(
         scale, zero = (along(values, axis, weight.ndim) for values in (quantizer.scale, quantizer.zero_point))
         soft[layer.quantizer] = SoftRounding(weight, quantizer.scheme, scale=scale, zero_point=zero)
         graph_module.set_submodule(layer.quantizer, _Soft(soft[layer.quantizer]))
+    inside = set(part.nodes)
+    calls = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module" and node not in inside}
     for node in part.nodes:
         path = str(node.target)
-        if node.op == "call_module" and path in prepared.placement.activations and path not in steps:
+        own = path not in calls  # a scale that other parts share stays as it is
+        if node.op == "call_module" and path in prepared.placement.activations and own and path not in steps:
             quantizer = prepared.quantizer(path)
             if quantizer.enabled:
                 originals[path] = quantizer

@@ -9,8 +9,10 @@ from torch import fx
 from tersor.graph import FakeQuantize
 from tersor.quantize.prepare import Prepared
 
+Reference = tuple[fx.GraphModule, dict[str, fx.Node]]
 
-def float_reference(prepared: Prepared) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+
+def float_reference(prepared: Prepared) -> Reference:
     """The same graph without rounding, and its nodes by name.
 
     It shares the tensors of the simulation as they are now: they take no memory of their own. Recovery methods put new

@@ -19,9 +19,11 @@ from tersor.probe.columns import columns
 from tersor.quantize.layers import Layer, layers
 from tersor.quantize.prepare import Batches, Prepared
 from tersor.quantize.rounding import WeightGrid, gptq, obq
+from tersor.quantize.rounding.base import least_error
 
 SecondOrder = Literal["gptq", "obq"]
-METHODS: dict[SecondOrder, Callable[[Tensor, Tensor, WeightGrid], Tensor]] = {"gptq": gptq, "obq": obq}
+Method = Callable[[Tensor, Tensor, WeightGrid], Tensor]
+METHODS: dict[SecondOrder, Method] = {"gptq": gptq, "obq": obq}
 SEED = 0
 
 
@@ -35,9 +37,17 @@ def round_weights(prepared: Prepared, batches: Batches, method: SecondOrder) -> 
             weight = get_tensor(prepared.simulation, layer.weight).detach()
             grid = grid_of(prepared, layer)
             parts = zip(weight.flatten(1).chunk(len(gram)), gram, _parts(grid, len(gram)), strict=True)
-            rounded = torch.cat([METHODS[method](part, own, points) for part, own, points in parts])
+            rounded = torch.cat([_rounded(part, own, points, METHODS[method]) for part, own, points in parts])
             set_parameter(prepared.simulation, layer.weight, rounded.reshape(weight.shape))
             stream.advance(layer.node)
+
+
+def _rounded(weight: Tensor, gram: Tensor, grid: WeightGrid, method: Method) -> Tensor:
+    """By the method; but what pruning made zero stays zero."""
+    found, pruned = method(weight, gram, grid), weight == 0
+    if not bool(pruned.any()):
+        return found
+    return least_error(weight, gram, found.masked_fill(pruned, 0), grid.nearest(weight))
 
 
 def grid_of(prepared: Prepared, layer: Layer) -> WeightGrid:

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, fx
 
 from tersor.graph.fold import get_tensor, set_parameter
-from tersor.graph.stream import Stream
-from tersor.quantize.equalize import HOMOGENEOUS, column_peaks, owns_its_weight, scale_columns, scale_rows
+from tersor.graph.stream import Stream, varying
+from tersor.quantize.equalize import column_peaks, owns_its_weight, passes, scale_columns, scale_rows
 from tersor.quantize.prepare import Batches
 
 _aten = torch.ops.aten
-_LAYER_NORM = _aten.layer_norm.default
+_NORMS: dict[object, slice[int, int, None]] = {
+    _aten.layer_norm.default: slice(2, 4),
+    _aten.rms_norm.default: slice(2, 3),
+}  # scale and shift
 _LIMIT = 1e4
 
 
@@ -40,16 +43,16 @@ def smooth(graph_module: fx.GraphModule, units: dict[str, Tensor], batches: Batc
         graph_module: Nothing is rounded yet.
         units: What the stored weights were multiplied by, by path; kept up to date.
         batches: Examples that show the outliers.
-        alpha: 0 leaves the weights alone, 1 the activations; 0.5 shares the trouble.
+        alpha: 1 evens out the activations alone, 0 the weights alone; 0.5 shares the trouble.
 
     Returns:
         At how many places.
     """
     places = _places(graph_module)
     stream = Stream(graph_module, [tuple(batch.tensors().values()) for batch in batches()])
-    for place in places:
-        with torch.no_grad():
-            peaks = torch.stack([value.flatten(0, -2).abs().amax(0) for value in stream.advance(place.value)]).amax(0)
+    with torch.no_grad():  # all before any change: the run holds values of the graph as it was
+        found = [torch.stack([_peaks(value) for value in stream.advance(place.value)]).amax(0) for place in places]
+    for place, peaks in zip(places, found, strict=True):
         weights = torch.stack([column_peaks(graph_module, reader) for reader in place.readers]).amax(0)
         factor = peaks**alpha / weights ** (1 - alpha)
         usable = torch.isfinite(factor) & (factor < _LIMIT) & (factor > 1 / _LIMIT)
@@ -60,13 +63,18 @@ def smooth(graph_module: fx.GraphModule, units: dict[str, Tensor], batches: Batc
     return len(places)
 
 
+def _peaks(value: Tensor) -> Tensor:
+    """Largest magnitude of each channel, `[C]`."""
+    return value.reshape(-1, value.shape[-1]).abs().amax(0)
+
+
 def _places(graph_module: fx.GraphModule) -> list[_Place]:
     found = []
-    for giver in graph_module.graph.nodes:
+    for giver in varying(graph_module):
         if not _can_be_divided(giver):
             continue
         value = giver
-        while len(value.users) == 1 and next(iter(value.users)).target in HOMOGENEOUS and owns_its_weight(giver):
+        while owns_its_weight(giver) and len(value.users) == 1 and passes(giver, next(iter(value.users))):
             (value,) = value.users
         readers = list(value.users)
         if readers and all(_reads(reader, value) for reader in readers):
@@ -80,12 +88,17 @@ def _reads(node: fx.Node, value: fx.Node) -> bool:
 
 
 def _can_be_divided(node: fx.Node) -> bool:
-    if node.target is _LAYER_NORM:
-        constants = [constant for constant in node.args[2:4] if constant is not None]
+    if node.target in _NORMS:
+        constants = [constant for constant in _constants(node) if constant is not None]
         return bool(constants) and all(map(_is_own, constants))
     if node.target is _aten.mul.Tensor:  # the scale of an RMSNorm, written out
         return any(_is_own(used) and used.meta["val"].ndim == 1 for used in node.all_input_nodes)
     return node.target is _aten.linear.default and owns_its_weight(node)
+
+
+def _constants(node: fx.Node) -> list[object]:
+    """The operands among which scale and shift are."""
+    return list(node.args[_NORMS.get(node.target, slice(None))])
 
 
 def _is_own(value: object) -> bool:
@@ -97,8 +110,7 @@ def _divide(graph_module: fx.GraphModule, units: dict[str, Tensor], giver: fx.No
     if giver.target is _aten.linear.default:
         scale_rows(graph_module, units, giver, 1 / factor)
         return
-    constants = giver.args[2:4] if giver.target is _LAYER_NORM else giver.args
-    for constant in constants:
+    for constant in _constants(giver):
         if isinstance(constant, fx.Node) and _is_own(constant):
             path = str(constant.target)
             set_parameter(graph_module, path, get_tensor(graph_module, path).detach() / factor)

@@ -11,9 +11,11 @@ import time
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from tersor.core.batch import select_output
 from tersor.core.candidate import Candidate
 from tersor.core.context import Context
 from tersor.core.quantization import precision_name
@@ -23,6 +25,7 @@ from tersor.quantize.correct import Correction, correct
 from tersor.quantize.distilled_data import distilled_batches
 from tersor.quantize.equalize import equalize
 from tersor.quantize.finish import finish
+from tersor.quantize.guard import check_usable, output_errors
 from tersor.quantize.prepare import (
     Batches,
     Prepared,
@@ -32,6 +35,7 @@ from tersor.quantize.prepare import (
     set_weight_ranges,
 )
 from tersor.quantize.reconstruct import Settings, Unit, reconstruct
+from tersor.quantize.reference import float_reference
 from tersor.quantize.round_weights import round_weights
 from tersor.quantize.smooth import smooth
 from tersor.quantize.widths import Widths
@@ -47,7 +51,7 @@ class Static(Widths, Step):
     Before anything is rounded, `equalize` evens out the channels between two layers, and `smooth` (0 to 1) moves
     outliers of activations into weights. Accuracy is recovered by `rounding`: `gptq` and `obq` round each weight for
     what the layer sees, `adaround` and `blocks` learn it in `steps` steps per layer or block; and by `correction` of
-    the channels' means, or means and variances. With `data: distilled` the examples are made from the model's
+    the channels' means, or means and variances. With `examples: distilled` the examples are made from the model's
     BatchNorm statistics; no split is read.
     """
 
@@ -57,7 +61,7 @@ class Static(Widths, Step):
     range_method: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "mse"
     samples: int = Field(default=300, ge=1)
     batch_size: int = Field(default=50, ge=1)
-    data: Literal["calibrate", "distilled"] = "calibrate"
+    examples: Literal["calibrate", "distilled"] = "calibrate"
     equalize: bool = False
     smooth: float | None = Field(default=None, ge=0, le=1)
     rounding: Literal["nearest", "gptq", "obq", "adaround", "blocks"] = "nearest"
@@ -69,7 +73,7 @@ class Static(Widths, Step):
     @property
     def needs(self) -> frozenset[Role]:
         """The calibrate split, unless data are distilled."""
-        return frozenset({"calibrate"} if self.data == "calibrate" else ())
+        return frozenset({"calibrate"} if self.examples == "calibrate" else ())
 
     @property
     def precision(self) -> str:
@@ -77,7 +81,11 @@ class Static(Widths, Step):
         return precision_name("static", packed=self.pack)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
-        """Captures, folds, places, calibrates; the result carries the plan and its simulation."""
+        """Captures, folds, places, calibrates; the result carries the plan and its simulation.
+
+        Raises:
+            AccuracyError: if the quantized model agrees with its original no better than chance.
+        """
         started = time.perf_counter()
         batches, count = self._batches(candidate, context)
         notes: list[str] = []
@@ -93,7 +101,8 @@ class Static(Widths, Step):
         set_weight_ranges(prepared)
         self._recover(prepared, batches, context)
         plan, module = finish(prepared, candidate.module, pack=self.pack)
-        made = "distilled " if self.data == "distilled" else ""
+        self._guard(prepared, candidate, context, batches)
+        made = "distilled " if self.examples == "distilled" else ""
         first = f"{summary(prepared, unreached)}, ranges by {self.range_method} on {count} {made}examples"
         notes = [first, *notes, *cautions(prepared, unreached)]
         done = replace(candidate, module=module, plan=plan, simulation=prepared.simulation)
@@ -101,7 +110,7 @@ class Static(Widths, Step):
 
     def _batches(self, candidate: Candidate, context: Context) -> tuple[Batches, int]:
         """The examples to look at, and how many."""
-        if self.data == "distilled":
+        if self.examples == "distilled":
             example = context.task.example(1)
             made = distilled_batches(
                 candidate.module, example, self.samples, batch_size=self.batch_size, seed=context.seed
@@ -110,8 +119,17 @@ class Static(Widths, Step):
         split = context.task.require("calibrate", self.name)
         return batches_of(split, self.samples, self.batch_size), min(self.samples, len(split))
 
+    def _guard(self, prepared: Prepared, candidate: Candidate, context: Context, batches: Batches) -> None:
+        """Raises `AccuracyError` if nothing is left of what the model knew."""
+        with torch.no_grad():
+            before = [select_output(batch.call(candidate.module), context.task.output) for batch in batches()]
+            after = [prepared.simulation(*batch.tensors().values()) for batch in batches()]
+        before, after = (_rows(outputs) for outputs in (before, after))
+        check_usable(prepared, torch.cat(before), torch.cat(after), lambda: output_errors(prepared, batches))
+
     def _recover(self, prepared: Prepared, batches: Batches, context: Context) -> None:
         """Rounds the weights with care, and corrects what that shifted."""
+        reference = float_reference(prepared)  # before any weight is replaced
         if self.rounding == "gptq" or self.rounding == "obq":
             round_weights(prepared, batches, self.rounding)
         elif self.rounding != "nearest":
@@ -119,7 +137,13 @@ class Static(Widths, Step):
             settings = Settings(unit, self.steps, self.drop if unit == "block" else 0, context.seed)
             reconstruct(prepared, batches, settings, lambda done, total: context.progress(self.name, done, total))
         if self.correction is not None:
-            correct(prepared, batches, self.correction)
+            correct(prepared, batches, self.correction, reference)
+
+
+def _rows(outputs: list[Tensor]) -> list[Tensor]:
+    """Outputs that can be put together: those whose lengths differ are taken as rows of numbers."""
+    shapes = {output.shape[1:] for output in outputs}
+    return outputs if len(shapes) == 1 else [output.flatten() for output in outputs]
 
 
 def summary(prepared: Prepared, unreached: list[str]) -> str:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tersor.core.report import ClassChange, Layer, Report
-from tersor.report import plots, pruning, units, wording
+from tersor.report import plots, pruning, quantization, units, wording
 from tersor.report.coupling import ROWS_SHOWN
 
 LAYERS_SHOWN = 40
@@ -73,6 +73,8 @@ def render_html(report: Report) -> str:
         sizes=size_bars(report),
         prunings=pruning.parts(report),
         proof=pruning.proof,
+        quantizations=quantization.widths(report),
+        layers_drawn=quantization.LAYERS_DRAWN,
         families_shown=FAMILIES_SHOWN,
         rows_drawn=ROWS_SHOWN,
         files=sorted(report.size_breakdown.items(), key=lambda item: (-item[1], item[0])),

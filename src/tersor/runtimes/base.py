@@ -97,7 +97,7 @@ class Runtime(ABC):
         if precision is not None and precision not in self.formats:
             raise UnsupportedError(
                 f"{step} produces {precision}, but runtime {self.name!r} runs only {sorted(self.formats)} here; "
-                "choose the target onnxruntime or openvino for int8, or leave the step out"
+                "choose the target onnxruntime or openvino for integers, or leave the step out"
             )
 
 

@@ -1,79 +1,146 @@
-"""Writes a candidate as one ONNX file; quantized tensors become integer initialisers with Q/DQ around them."""
+"""Writes a candidate as one ONNX file, its quantized tensors as integers."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import onnx_ir
-import torch
+from torch import Tensor, nn
 
 from tersor.core.batch import Batch
 from tersor.core.candidate import Candidate
 from tersor.core.files import disk_errors
+from tersor.core.quantization import QuantPlan
 from tersor.core.signature import Signature
-from tersor.errors import ExportError
+from tersor.errors import CaptureError, ExportError
 from tersor.graph import capture, fold_batch_norm, lower
-from tersor.graph.lower import IntegerConstant, Lowered
-from tersor.graph.operators import quantize_dequantize
+from tersor.graph.fold import get_tensor
+from tersor.runtimes.onnx_constants import store_as_integers
+from tersor.runtimes.onnx_kernels import MICROSOFT, Compressed, Kernels, check_all_found
+from tersor.runtimes.onnx_routes import (
+    OPSET,
+    PACKED_OPSET,
+    TRACED_OPSET,
+    by_tracing,
+    dynamic_of,
+    must_be_traced,
+    quiet,
+    refused,
+    through_export,
+)
+from tersor.runtimes.stored_weights import table_of
 
-OPSET = 20  # at 21 ONNX Runtime rewrites signed matrix products and fails
 EXAMPLE_BATCH = 2
+Reader = Literal["onnxruntime", "openvino"]
 
 
-def dynamic_of(signature: Signature) -> dict[str, dict[int, str]]:
-    """Per input the dimensions that vary, with their labels."""
-    return {
-        spec.name: {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in signature.inputs
-    }
-
-
-def write_onnx(candidate: Candidate, example: Batch, path: Path, signature: Signature) -> None:
+def write_onnx(
+    candidate: Candidate, example: Batch, path: Path, signature: Signature, *, reader: Reader = "onnxruntime"
+) -> None:
     """Exports to `path`.
+
+    Static plans are lowered from the simulation. All others start from the module: its rounded weights are found
+    in the exported graph by their content and become integers there.
+
+    Args:
+        candidate: What to write.
+        example: Inputs, two or more examples.
+        path: Where to.
+        signature: Names and varying dimensions.
+        reader: Whose kernels the file is for; OpenVINO reads no operators of ONNX Runtime's own.
 
     Raises:
         ExportError: with the exporter's reason.
     """
-    dynamic = dynamic_of(signature)
-    if candidate.simulation is not None:
-        lowered = lower(candidate.simulation)
+    plan = candidate.plan
+    if plan is not None and plan.mode == "static":
+        model = _static(candidate, plan, example, signature)
     else:
-        names = [spec.name for spec in signature.inputs]
-        graph_module = capture(candidate.module, example, names=names, dynamic=dynamic, output=signature.select)
-        fold_batch_norm(graph_module)  # the exporter would do it too, but lose the layers' names
-        lowered = Lowered(graph_module, {})
-    dims = {label: torch.export.Dim(label) for shape in dynamic.values() for label in shape.values()}
-    shapes = tuple({axis: dims[label] for axis, label in dynamic[spec.name].items()} for spec in signature.inputs)
+        model = _from_module(candidate.module, plan, example, signature, reader)
+    _strip(model)
+    with disk_errors(path):
+        _save(model, path)
+
+
+def _static(candidate: Candidate, plan: QuantPlan, example: Batch, signature: Signature) -> Any:
+    assert candidate.simulation is not None  # noqa: S101 - static plans come with theirs
+    lowered = lower(candidate.simulation)
+    packed = {name for name, quant in plan.weights.items() if plan.pack and quant.scheme.bits <= 4}
+    program = through_export(lowered.graph_module, example, signature, PACKED_OPSET if packed else OPSET)
     try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                lowered.graph_module,
-                tuple(example.tensors().values()),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                input_names=[spec.name for spec in signature.inputs],
-                output_names=[signature.output.name],
-                opset_version=OPSET,
-                external_data=False,
-                custom_translation_table=_translations() if candidate.simulation is not None else None,
-                optimize=False,
-                verbose=False,
-            )
-            assert program is not None  # noqa: S101 - dynamo=True returns the program
+        with quiet():
             for parameter, constant in lowered.constants.items():
-                _store_as_integers(program.model.graph, parameter, constant)
+                store_as_integers(program.model.graph, parameter, constant, pack=parameter in packed)
             program.optimize()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"the ONNX exporter could not take the model: {lines[0]}") from error
-    _strip(program.model)
-    with disk_errors(path):
-        program.save(str(path), external_data=False)
+        raise refused(error) from error
+    return program.model
+
+
+def _from_module(
+    module: nn.Module, plan: QuantPlan | None, example: Batch, signature: Signature, reader: Reader
+) -> Any:
+    planned = set(plan.weights) if plan is not None else set()
+    grouped = plan is not None and any(quant.scheme.group_size is not None for quant in plan.weights.values())
+    blocked = grouped and reader == "openvino"
+    opset = PACKED_OPSET if blocked or (plan is not None and plan.pack) else OPSET
+    if must_be_traced(module, signature, planned):
+        return _traced(module, plan, example, signature, opset, reader)
+    try:
+        return _captured(module, plan, example, signature, opset, reader)
+    except (CaptureError, ExportError) as error:
+        try:
+            return _traced(module, plan, example, signature, opset, reader)
+        except ExportError as second:
+            raise ExportError(f"{error}. The tracing exporter failed too: {second}") from error
+
+
+def _captured(
+    module: nn.Module, plan: QuantPlan | None, example: Batch, signature: Signature, opset: int, reader: Reader
+) -> Any:
+    """By `torch.export`. BatchNorm is folded here: the exporter would do it too, but lose the layers' names.
+
+    A factor per output channel leaves the codes as they are and goes into the scales.
+    """
+    names = [spec.name for spec in signature.inputs]
+    graph_module = capture(module, example, names=names, dynamic=dynamic_of(signature), output=signature.select)
+    folded = {
+        path: (norm.factor, norm.axis, get_tensor(graph_module, path).detach())
+        for path, norm in fold_batch_norm(graph_module).items()
+    }
+    program = through_export(graph_module, example, signature, opset)
+    try:
+        with quiet():
+            program.optimize()
+    except Exception as error:
+        raise refused(error) from error
+    _store(program.model, module, plan, folded, reader)
+    return program.model
+
+
+def _traced(
+    module: nn.Module, plan: QuantPlan | None, example: Batch, signature: Signature, opset: int, reader: Reader
+) -> Any:
+    model = by_tracing(module, example, signature, opset if opset > OPSET else TRACED_OPSET)
+    _store(model, module, plan, {}, reader)
+    return model
+
+
+def _store(
+    model: Any, module: nn.Module, plan: QuantPlan | None, folded: Mapping[str, tuple[Tensor, int, Tensor]], reader: str
+) -> None:
+    if plan is None:
+        return
+    dynamic = plan.mode == "dynamic"
+    storing = (
+        Compressed(model.graph, pack=plan.pack)
+        if reader == "openvino"
+        else Kernels(model.graph, pack=plan.pack, dynamic=dynamic)
+    )
+    check_all_found(storing.store(table_of(module, plan, folded)), set(plan.weights))
+    if any(node.domain == MICROSOFT for node in model.graph):
+        model.graph.opset_imports[MICROSOFT] = 1
 
 
 def intermediate_model(path: Path, names: Sequence[str]) -> tuple[bytes, list[str]]:
@@ -89,61 +156,19 @@ def intermediate_model(path: Path, names: Sequence[str]) -> tuple[bytes, list[st
     return model.SerializeToString(), chosen
 
 
-def _translations() -> dict[Any, Any]:
-    """ONNX for the operator of `tersor.graph.operators`."""
-    from onnxscript import opset20 as op
+def _save(model: Any, path: Path) -> None:
+    import onnx_ir
 
-    def to_onnx(values: Any, scale: Any, zero_point: Any) -> Any:
-        return op.DequantizeLinear(op.QuantizeLinear(values, scale, zero_point), scale, zero_point)
-
-    return {quantize_dequantize: to_onnx}
-
-
-def _store_as_integers(graph: Any, path: str, constant: IntegerConstant) -> None:
-    """Replaces the float initialiser `path` by integer codes and a dequantization.
-
-    A transposition of a constant is carried out on the codes, so that the dequantization stands directly before
-    the operator that computes with it, where runtimes look for it.
-    """
-    value = graph.initializers[path]
-    turned: dict[tuple[int, ...], Any] = {}  # a weight that several layers share is stored once
-    for user, _ in list(value.uses()):
-        if user.op_type == "Transpose":
-            order = tuple(user.attributes["perm"].as_ints())
-            if order not in turned:
-                codes, axis = constant.codes.permute(order).contiguous(), order.index(constant.axis)
-                name = f"{path}.T{len(turned) or ''}"
-                turned[order] = _dequantized(graph, name, IntegerConstant(codes, constant.scale, axis))
-            user.outputs[0].replace_all_uses_with(turned[order])
-            graph.remove(user, safe=True)
-    del graph.initializers[path]
-    value.name = f"{path}.float"  # the dequantized value takes the name over
-    if value.uses():
-        value.replace_all_uses_with(_dequantized(graph, path, constant))
-
-
-def _dequantized(graph: Any, name: str, constant: IntegerConstant) -> Any:
-    parts = {
-        "q": constant.codes,
-        "scale": constant.scale,
-        "zero": torch.zeros(len(constant.scale), dtype=constant.codes.dtype),
-    }
-    inputs = []
-    for suffix, tensor in parts.items():
-        array = tensor.numpy()
-        value = onnx_ir.val(f"{name}.{suffix}", const_value=onnx_ir.tensor(array, name=f"{name}.{suffix}"))
-        graph.register_initializer(value)
-        inputs.append(value)
-    node = onnx_ir.node("DequantizeLinear", inputs, attributes={"axis": constant.axis})
-    node.outputs[0].name = name
-    graph.insert_before(graph[0], node)
-    return node.outputs[0]
+    onnx_ir.save(model, str(path))
 
 
 def _strip(model: Any) -> None:
     """Drops what only debugging needs: it is a quarter of a small quantized file."""
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+        value.type = value.shape = None  # the tensors tell
     for node in model.graph:
         node.name = None
         node.metadata_props.clear()
@@ -152,19 +177,3 @@ def _strip(model: Any) -> None:
             if not output.is_graph_output():  # those are part of the interface
                 output.type = None
                 output.shape = None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress and its notes on packages that nobody needs."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -70,7 +70,9 @@ class OnnxRuntime(Runtime):
 
     name: ClassVar[str] = "onnxruntime"
     package: ClassVar[str] = "onnxruntime"
-    formats: ClassVar[frozenset[str]] = frozenset({"float32", "int8"})
+    formats: ClassVar[frozenset[str]] = frozenset(
+        {"float32", "int8", "int4", "int8-dynamic", "int8-weights", "int4-weights"}
+    )
 
     def export(
         self, candidate: Candidate, example: Batch, directory: Path, *, signature: Signature, target: Target

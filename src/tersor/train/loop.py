@@ -52,6 +52,7 @@ def fit(
     *,
     schedule: Schedule,
     seed: int,
+    before_step: Callable[[int, int], None] | None = None,
     after_step: Callable[[], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
@@ -66,6 +67,7 @@ def fit(
         loss: `(module, batch) -> scalar`.
         schedule: Epochs, batch size, optimizer, learning rate.
         seed: Fixes the order of the examples and everything random in model and data.
+        before_step: Called with `(step, steps in all)` before every forward pass, e.g. to freeze a part in time.
         after_step: Called after every optimizer step, e.g. to apply masks.
         progress: `(steps done, steps in all)`.
 
@@ -92,6 +94,8 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 batch.check_finite(f"training batch {step} of epoch {epoch}")
+                if before_step is not None:
+                    before_step(epoch * steps_per_epoch + step, total)
                 optimizer.zero_grad(set_to_none=True)
                 value = loss(module, batch)
                 if not bool(torch.isfinite(value)):
