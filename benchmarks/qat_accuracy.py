@@ -1,6 +1,6 @@
 """ResNet-20 at few bits: quantization-aware training with learned steps and distillation, against plain training.
 
-    OMP_NUM_THREADS=2 python benchmarks/qat_accuracy.py --data DIR --out benchmarks/results/qat_accuracy.json
+    python benchmarks/qat_accuracy.py --data DIR --out benchmarks/results/qat_accuracy.json
 
 Every row trains with the same schedule, the same order of images and the same flips and crops: `lsq` learns step sizes
 and distils from the float network, `ste` is the baseline, fixed ranges and labels only. The last step counts; nothing
@@ -41,7 +41,7 @@ SEED = 0
 DEPTH, SIZE, MARGIN = 20, 32, 4
 CALIBRATION = 512
 TARGET = Target("onnxruntime", threads=2, reduce_range=False)
-EPOCHS = {4: 3, 2: 6}  # by bits
+EPOCHS = {4: 1, 2: 4}  # by bits
 SCHEDULE = {"lr": 0.01, "batch_size": 128, "optimizer": "sgd", "weight_decay": 1e-4}
 
 

@@ -57,7 +57,7 @@ class Learned(nn.Module):
         keys = self.twice(functional.relu(self.twice(keys)))
         scores = self.query(self.queries[:, :, None]).squeeze(2) * keys[:, None]
         inner = functional.linear(scores, self.computed.weight, self.computed.bias * 2)
-        return self.head(functional.relu(inner)).mean(1)
+        return self.head(functional.relu(inner))
 
 
 class Parts(nn.Module):
@@ -94,7 +94,8 @@ class Ready:
 
     def expected(self) -> Tensor:
         """What the model answers."""
-        return torch.cat([batch.call(self.module) for batch in self.batches()])
+        with torch.no_grad():
+            return torch.cat([batch.call(self.module) for batch in self.batches()])
 
 
 def ready(build: Callable[[], nn.Module], data: Any, batch_size: int = 16, runtime: str = "eager", **widths: Any) -> Ready:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,7 @@ def graph_of(case: str) -> tuple[fx.GraphModule, list[tuple[Tensor, ...]]]:
     return captured(seeded(build), Batch((data,), {}, None)), [(data,), (data[:2] * 2,)]
 
 
+once = cache(graph_of)
 CASES = ["cnn", "parallel", "learned", "transformer"]
 
 
@@ -61,7 +64,7 @@ def test_stopping_at_every_node_gives_what_an_ordinary_run_gives(case: str) -> N
 @given(stops=st.sets(st.integers(0, 100), min_size=1), case=st.sampled_from(CASES))
 @settings(max_examples=20, deadline=None)
 def test_any_stops_on_the_way_change_nothing(stops: set[int], case: str) -> None:
-    graph_module, batches = graph_of(case)
+    graph_module, batches = once(case)
     nodes = varying(graph_module)
     stream = Stream(graph_module, batches)
     with torch.no_grad():

@@ -21,6 +21,9 @@ from tersor.core.target import Target
 from tersor.core.task import Task
 from tersor.distill.losses import kd
 from tersor.errors import ConfigError, DataError, IntegrityError, OrderError, UnsupportedError
+from tersor.pipeline.compress import run_recipe
+from tersor.pipeline.plan import make_plan
+from tersor.pipeline.run_directory import RunDirectory
 from tersor.prune import Unstructured
 from tersor.quantize import Qat, Static
 from tersor.quantize.learned import LearnedStep
@@ -352,31 +355,32 @@ def recipe(**settings: Any) -> tersor.Recipe:
     return tersor.Recipe([Qat(weight_bits=4, activation_bits=4, schedule=schedule, **settings)])
 
 
-@pytest.mark.usefixtures("quick_latency")
 def test_a_killed_run_does_not_train_again(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = {
-        "budget": tersor.Budget(max_drop=0.05, rounds=1),
-        "target": tersor.Target("onnxruntime", threads=1),
-        "recipe": recipe(distill="kd"),
-        "out": tmp_path / "run",
-    }
-    first = tersor.compress(problem.model(), problem.small_task(), **arguments)
-    files = {name: (first.artifact / name).read_bytes() for name in ("model.onnx", "quantization.json")}
-    (tmp_path / "run" / "artifact").rename(tmp_path / "old")
+    steps = [Unstructured(sparsity=0.5), *recipe(distill="kd").steps]
+    target = tersor.Target("onnxruntime", threads=1)
+    budget, settings = tersor.Budget(max_drop=None), {"recipe": tersor.Recipe(steps), "target": target}
+    plan = make_plan(problem.model(), problem.small_task(), budget=budget, **settings)
+    run = RunDirectory(tmp_path / "run", plan.fingerprint())
+    run.claim()
+    first = run_recipe(plan, run, lambda *_: None)
 
     def never(*arguments: Any, **fields: Any) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(STEP, "fit", never)
-    again = tersor.compress(problem.model(), problem.small_task(), **arguments)
-    assert {name: (again.artifact / name).read_bytes() for name in files} == files
-    assert again.report.certificate == first.report.certificate
-    assert again.report.history == first.report.history
-    assert state_hash(again.model) == state_hash(first.model)
-    stage = tmp_path / "run" / "stages" / "01.safetensors"
+    again = run_recipe(plan, run, lambda *_: None)
+    assert (again.plan, again.history) == (first.plan, first.history)
+    assert again.simulation is not None
+    assert first.simulation is not None
+    assert state_hash(again.simulation) == state_hash(first.simulation)
+    assert state_hash(again.module) == state_hash(first.module)
+    assert again.masks.keys() == first.masks.keys()
+    images, _ = problem.images()
+    assert torch.equal(answers(again, images), answers(first, images))
+    stage = tmp_path / "run" / "stages" / "02.safetensors"
     stage.write_bytes(stage.read_bytes()[:-3])
     with pytest.raises(IntegrityError, match="remove it to repeat this step"):
-        tersor.compress(problem.model(), problem.small_task(), **arguments)
+        run_recipe(plan, run, lambda *_: None)
 
 
 def test_a_loss_that_nobody_has_is_refused_before_any_work(problem: Any, tmp_path: Path) -> None:

@@ -34,9 +34,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MODELS])
-def test_it_answers_like_its_simulation_and_is_smaller(
-    model: str, runtime: str, make: Callable[..., Made]
-) -> None:
+def test_it_answers_like_its_simulation_and_is_smaller(model: str, runtime: str, make: Callable[..., Made]) -> None:
     found = make(model, runtime)
     assert check_parity(found.loaded, found.candidate, found.context.task.example) < 0.02
     assert found.bytes < make(model, runtime, False).bytes

@@ -33,9 +33,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MODELS])
-def test_it_answers_like_the_rounded_module_and_is_smaller(
-    model: str, runtime: str, make: Callable[..., Made]
-) -> None:
+def test_it_answers_like_the_rounded_module_and_is_smaller(model: str, runtime: str, make: Callable[..., Made]) -> None:
     found = make(model, runtime)
     assert check_parity(found.loaded, found.candidate, found.context.task.example) < 1e-5  # nothing else is rounded
     assert found.bytes < make(model, runtime, None).bytes
@@ -145,4 +143,3 @@ def test_few_bits_of_activations_saturate_at_their_own_ends(runtime: str, tmp_pa
     wild = 10 * CNN_DATA[:6]  # far outside of what was calibrated
     with torch.no_grad():
         assert relative(loaded()(wild), candidate.simulation(wild)) < 0.05
-

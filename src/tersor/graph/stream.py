@@ -80,6 +80,10 @@ def run(graph_module: fx.GraphModule, nodes: Sequence[fx.Node], environment: Env
     """The value of the last of the nodes, which are run in turn; the environment stays as it is."""
     values = copied(environment) if any(map(mutates, nodes)) else dict(environment)
     for node in nodes:
+        if mutates(node):  # writes into a copy: what layers saw before is needed for their gradients
+            operand = node.all_input_nodes[0]
+            if operand in values and not values[operand]._is_view():
+                values[operand] = values[operand].clone()
         values[node] = call(graph_module, node, values)
     return values[nodes[-1]]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tersor.core.batch import Batch
 from tersor.errors import UnsupportedError
 
-STEPS = 200
+STEPS = 100
 LEARNING_RATE = 0.1
 
 

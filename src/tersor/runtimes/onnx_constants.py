@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
+import onnx_ir
 import torch
 
 from tersor.graph.lower import IntegerConstant
@@ -53,7 +53,7 @@ def _stored(path: str, constant: IntegerConstant) -> StoredWeight:
 
 
 def _dequantized(storage: Storage, name: str, constant: IntegerConstant, *, pack: bool) -> Any:
-    kind = ml_dtypes.int4 if pack else constant.codes.numpy().dtype
+    kind = onnx_ir.DataType.INT4.numpy() if pack else constant.codes.numpy().dtype
     parts = {
         "q": constant.codes,
         "scale": constant.scale,

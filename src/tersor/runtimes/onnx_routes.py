@@ -88,7 +88,7 @@ def by_tracing(module: nn.Module, example: Batch, signature: Signature, opset: i
     """
     wrapped = Flattened(copy.deepcopy(module), tuple(example.kwargs), signature.select).eval()
     dynamic: dict[str, dict[int, str]] = {**dynamic_of(signature), signature.output.name: {0: "batch"}}
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # the older exporter takes that too, whatever its signature says
     try:
         with quiet(), torch.no_grad(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
@@ -120,7 +120,7 @@ def _check_decisions(warned: list[warnings.WarningMessage]) -> None:
     """A decision that the model takes by a value would be fixed for ever; PyTorch's own modules only check shapes."""
     for warning in warned:
         ours = Path(warning.filename).is_relative_to(Path(torch.__file__).parent)
-        if issubclass(warning.category, torch.jit.TracerWarning) and not ours:
+        if warning.category.__name__ == "TracerWarning" and not ours:
             reason = str(warning.message).partition(". ")[0]
             raise ExportError(
                 f"a decision of the model depends on its input and would be fixed ({Path(warning.filename).name}:"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir
 
@@ -54,7 +53,7 @@ class Storage:
 def stored_type(weight: StoredWeight, *, pack: bool) -> Any:
     """The element type of the codes: four bits if they fit and are to be packed, a byte otherwise."""
     if pack and weight.bits <= 4:
-        return ml_dtypes.int4 if weight.signed else ml_dtypes.uint4
+        return (onnx_ir.DataType.INT4 if weight.signed else onnx_ir.DataType.UINT4).numpy()
     return np.int8 if weight.signed else np.uint8
 
 
@@ -65,7 +64,8 @@ def dequantized(storage: Storage, weight: StoredWeight, *, pack: bool) -> Any:
     """
     kind, name = stored_type(weight, pack=pack), weight.name
     codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
-    shape, attributes = weight.shape, {}
+    shape = weight.shape
+    attributes: dict[str, Any] = {}
     blocked = weight.blocked
     if blocked is not None:
         attributes = {"axis": blocked, "block_size": shape[blocked] // scale.shape[blocked]}
