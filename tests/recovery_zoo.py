@@ -98,7 +98,9 @@ class Ready:
             return torch.cat([batch.call(self.module) for batch in self.batches()])
 
 
-def ready(build: Callable[[], nn.Module], data: Any, batch_size: int = 16, runtime: str = "eager", **widths: Any) -> Ready:
+def ready(
+    build: Callable[[], nn.Module], data: Any, batch_size: int = 16, runtime: str = "eager", **widths: Any
+) -> Ready:
     """Prepares and calibrates; the last batch may be smaller."""
     module = seeded(build)
     context = context_for(module, data, Target(runtime, threads=1, reduce_range=False))

@@ -38,9 +38,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "depthwise": (Depthwise, normal(3, 4, 8, 8), 1),  # ReLU6 stops the first pair, the mean the last
     "parallel": (Parallel, normal(3, 3, 8, 8), 0),
     "learned": (Learned, normal(5, 12), 0),
-    **{
-        f"parts in {size}d": (lambda size=size: Parts(size), normal(3, 4, *[8] * size), 3) for size in (1, 2, 3)
-    },
+    **{f"parts in {size}d": (lambda size=size: Parts(size), normal(3, 4, *[8] * size), 3) for size in (1, 2, 3)},
     "relu": (convolutions(functional.relu), IMAGE, 1),
     "in place": (convolutions(lambda x: x.relu_()), IMAGE, 1),
     "leaky": (convolutions(lambda x: functional.leaky_relu(x, 0.2)), IMAGE, 1),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,22 +9,28 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tersor.core.batch import Batch
+from tersor.core.quantization import QuantScheme
+from tersor.core.target import Target
+from tersor.errors import ConfigError
 from tersor.graph import FakeQuantize, fold_batch_norm
+from tersor.graph.attention_parts import take_attention_apart
 from tersor.quantize.placement import Placement, place
-from tersor.quantize.styles import Style
+from tersor.quantize.styles import Style, style_for
 from tersor.quantize.widths import Widths, weight_scheme
 from zoo import MLP_DATA, TEXT_DATA, TEXT_DYNAMIC, Cnn, Depthwise, Mlp, Scaling, Transformer, captured, normal, seeded
 
 IMAGE = normal(2, 3, 8, 8)
+PLAIN = Style()
 aten = torch.ops.aten
 
 
 class Placed:
     """A graph with quantizers in it, and questions about them."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, style: Style = PLAIN, **widths: Any) -> None:
         fold_batch_norm(graph_module)
-        self.placement: Placement = place(graph_module, Widths(), Style())
+        take_attention_apart(graph_module)
+        self.placement: Placement = place(graph_module, Widths(**widths), style)
         self.nodes = list(graph_module.graph.nodes)
         self.graph_module = graph_module
 
@@ -39,13 +46,25 @@ class Placed:
             assert len(node.users) == 1, "all readers must get the rounded value"
         return str(users[0].target) if users else None
 
+    def scheme(self, node: object) -> QuantScheme:
+        """How this value, or this weight, is rounded."""
+        path = self.quantizer(node)
+        assert path is not None
+        found = self.graph_module.get_submodule(path)
+        assert isinstance(found, FakeQuantize)
+        return found.scheme
+
+    def weight_scheme(self, name: str) -> QuantScheme:
+        """How the weight of this name is rounded."""
+        return self.scheme(next(node for node in self.nodes if node.op == "get_attr" and node.target == name))
+
     def inputs_rounded(self, node: fx.Node) -> list[bool]:
         """For each operand whether it comes from a quantizer."""
         return [argument.op == "call_module" for argument in node.all_input_nodes]
 
 
-def placed(build: Callable[[], nn.Module], *inputs: Tensor) -> Placed:
-    return Placed(captured(seeded(build), Batch(inputs, {}, None)))
+def placed(build: Callable[[], nn.Module], *inputs: Tensor, style: Style = PLAIN, **widths: Any) -> Placed:
+    return Placed(captured(seeded(build), Batch(inputs, {}, None)), style, **widths)
 
 
 class Net(nn.Module):
@@ -251,3 +270,157 @@ def test_quantizers_begin_switched_off_and_change_nothing() -> None:
     net = Placed(captured(module, Batch((IMAGE,), {}, None)))
     with torch.no_grad():
         assert torch.allclose(net.graph_module(IMAGE), module(IMAGE), atol=1e-5)
+
+
+def style_of(runtime: str, *, reduce: bool = False) -> Style:
+    return style_for(Target(runtime, reduce_range=reduce))
+
+
+class Attention(nn.Module):
+    """Self-attention with two heads, tokens `[B, T, 8]`; the last layer's input is a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (
+            layer(tokens).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        return self.out(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_products_of_attention_are_rounded_as_the_runtime_wants(runtime: str) -> None:
+    net = placed(Attention, normal(2, 5, 8), style=style_of(runtime))
+    scores, mixed = net.only(aten.matmul.default), net.only(aten.matmul.default, 1)
+    softmax = net.only(aten.softmax.int)
+    assert net.inputs_rounded(scores) == net.inputs_rounded(mixed) == [True, True]
+    assert {scores.name, mixed.name} <= set(net.placement.compute)
+    operands = [quantizer.args[0] for quantizer in (*scores.args, mixed.args[1])]
+    signed = runtime == "openvino"
+    assert all(net.scheme(operand) == QuantScheme(signed=signed, symmetric=signed) for operand in operands)
+    assert net.scheme(softmax) == QuantScheme()  # never negative: a sign would waste a bit
+    assert mixed.args[0].args[0] is softmax
+    assert net.quantizer(scores) is None  # what the softmax reads
+    tokens = next(node for node in net.nodes if node.op == "placeholder")
+    assert net.scheme(tokens) == QuantScheme()  # no product reads it
+
+
+class Products(nn.Module):
+    """Products with a constant, with itself, and outside of any chain of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 5))
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.layer(torch.bmm(left, right)) @ torch.tanh(self.table)
+
+
+def test_a_product_needs_two_values_that_vary() -> None:
+    net = placed(Products, normal(2, 5, 5), normal(2, 5, 5, seed=1), style=style_of("openvino"))
+    assert net.inputs_rounded(net.only(aten.bmm.default)) == [True, True]
+    constant = net.only(aten.matmul.default)
+    assert constant.name not in net.placement.compute
+    assert net.inputs_rounded(constant) == [False, False]
+
+
+def text(style: Style, **widths: Any) -> Placed:
+    batch = Batch((), {name: tensor[:2] for name, tensor in TEXT_DATA.items()}, None)
+    return Placed(captured(seeded(Transformer), batch, TEXT_DYNAMIC, "logits"), style, **widths)
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(24, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens))
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_tables_are_stored_in_eight_bits_whatever_layers_have(reduce: bool) -> None:
+    style = style_of("onnxruntime", reduce=reduce)
+    net = placed(Lookup, torch.tensor([[1, 2], [3, 4]]), style=style, weight_bits=3, edge_bits=4)
+    assert net.weight_scheme("table.weight") == weight_scheme(8, 0, reduced=False)  # no kernel that could overflow
+    assert net.weight_scheme("head.weight") == weight_scheme(4, 0, reduced=reduce)
+    (lookup,) = (node for node in net.nodes if node.target is aten.embedding.default)
+    assert lookup.name in net.placement.compute
+    kept = placed(Lookup, torch.tensor([[1, 2], [3, 4]]), style=style, overrides={"table": 32})
+    assert list(kept.placement.weights.values()) == ["head.weight"]
+
+
+def test_the_layer_decides_over_a_table_that_it_shares() -> None:
+    (tied,) = {"embedding.weight", "head.weight"} & set(text(PLAIN).placement.weights.values())
+    assert text(style_of("onnxruntime", reduce=True)).weight_scheme(tied).bits == 7  # its kernel would overflow
+    assert text(Style(), edge_bits=5, weight_bits=5).weight_scheme(tied).bits == 5
+    for name in ("embedding", "head"):  # one weight, one answer
+        net = text(Style(), overrides={name: 32})
+        assert tied not in net.placement.weights.values()
+        assert len(net.placement.weights) == 5
+        assert net.quantizer(next(node for node in net.nodes if node.target == tied)) is None
+        assert net.only(aten.embedding.default).name not in net.placement.compute
+
+
+class Up(nn.Module):
+    """A convolution, a transposed one (grouped), a convolution; the decoder may share the encoder's weight."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.shared = shared
+        self.down, self.up = nn.Conv2d(4, 8, 2, 2), nn.ConvTranspose2d(8, 4, 2, 2, groups=2)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        small = functional.relu(self.down(image))
+        large = functional.conv_transpose2d(small, self.down.weight, stride=2) if self.shared else self.up(small)
+        return self.last(functional.relu(large))
+
+
+def test_transposed_convolutions_are_rounded_where_they_have_kernels() -> None:
+    for runtime in ("openvino", "eager"):
+        net = placed(Up, normal(2, 4, 8, 8), style=style_of(runtime))
+        up = net.only(aten.conv_transpose2d.input)
+        assert net.inputs_rounded(up)[:2] == [True, True]
+        assert up.name in net.placement.compute
+        assert net.weight_scheme("up.weight") == weight_scheme(8, 1, reduced=False)
+        assert net.quantizer(up) is None
+    net = placed(Up, normal(2, 4, 8, 8), style=style_of("onnxruntime"))
+    up = net.only(aten.conv_transpose2d.input)
+    assert not any(net.inputs_rounded(up))
+    assert sorted(net.placement.weights.values()) == ["down.weight", "last.weight"]
+    with pytest.raises(ConfigError, match=r"\['up'\] fit no layer"):
+        placed(Up, normal(2, 4, 8, 8), style=style_of("onnxruntime"), overrides={"up": 4})
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_a_weight_that_is_read_along_two_axes_stays_float(runtime: str) -> None:
+    net = placed(lambda: Up(shared=True), normal(2, 4, 8, 8), style=style_of(runtime))
+    assert list(net.placement.weights.values()) == ["last.weight"]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_widths_reach_weights_and_activations_and_spare_the_edges(bits: int) -> None:
+    net = placed(Mlp, MLP_DATA[:2], weight_bits=bits, activation_bits=bits, edge_bits=7)
+    edge = max(bits, 7)
+    widths = {name: net.weight_scheme(f"{name}.weight").bits for name in ("first", "second", "last")}
+    assert widths == {"first": edge, "second": bits, "last": edge}
+    rounded = [net.scheme(net.only(aten.relu.default, position)).bits for position in (0, 1)]
+    assert rounded == [bits, edge]  # what the second layer reads, what the last does
+    assert net.scheme(next(node for node in net.nodes if node.op == "placeholder")).bits == edge
+
+
+def test_a_layer_that_is_kept_in_float_reads_and_gives_float() -> None:
+    net = placed(Mlp, MLP_DATA[:2], overrides={"sec*": 32})
+    second = net.only(aten.linear.default, 1)
+    assert not any(net.inputs_rounded(second))
+    assert second.name not in net.placement.compute
+    assert sorted(net.placement.weights.values()) == ["first.weight", "last.weight"]
+
+
+def test_a_pattern_that_fits_no_layer_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"\['third'\] fit no layer; .*\['first', 'last', 'second'\]"):
+        placed(Mlp, MLP_DATA[:2], overrides={"third": 4})

@@ -16,8 +16,21 @@ from tersor.graph.fold import get_tensor, set_parameter
 from tersor.quantize.layers import layers
 from tersor.quantize.reconstruct import Settings, Unit, mixed, reconstruct
 from tersor.quantize.reference import float_reference
-from zoo import CNN_DATA, MLP_DATA, TEXT_DATA, TEXT_DYNAMIC, Cnn, Mlp, Transformer, context_for, normal, quantized
-from zoo import relative, seeded, state_hash
+from zoo import (
+    CNN_DATA,
+    MLP_DATA,
+    TEXT_DATA,
+    TEXT_DYNAMIC,
+    Cnn,
+    Mlp,
+    Transformer,
+    context_for,
+    normal,
+    quantized,
+    relative,
+    seeded,
+    state_hash,
+)
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "cnn": (Cnn, CNN_DATA),
@@ -38,7 +51,9 @@ def made(case: str, **widths: Any) -> Ready:
 def test_the_net_comes_nearer_and_weights_are_rounded_up_or_down(case: str, unit: Unit, drop: float) -> None:
     plain, model = made(case), made(case)
     calls: list[tuple[int, int]] = []
-    reconstruct(model.prepared, model.batches, Settings(unit, 50, drop), lambda done, total: calls.append((done, total)))
+    reconstruct(
+        model.prepared, model.batches, Settings(unit, 50, drop), lambda done, total: calls.append((done, total))
+    )
     assert calls == [(done + 1, calls[-1][1]) for done in range(len(calls))]
     assert calls[-1][0] == calls[-1][1]
     if unit == "layer":
@@ -145,7 +160,9 @@ def test_the_callers_random_numbers_and_data_are_not_touched() -> None:
 @pytest.mark.parametrize("rounding", ["adaround", "blocks"])
 def test_texts_with_masks_are_learned_too(rounding: str) -> None:
     module = seeded(Transformer)
-    context = context_for(module, TEXT_DATA, Target(threads=1, reduce_range=False, dynamic=TEXT_DYNAMIC), output="logits")
+    context = context_for(
+        module, TEXT_DATA, Target(threads=1, reduce_range=False, dynamic=TEXT_DYNAMIC), output="logits"
+    )
     settings = {"weight_bits": 3, "overrides": {"embedding": 8}, "batch_size": 16}
     batch = context.task.splits["calibrate"].batch(range(48))
     with torch.no_grad():

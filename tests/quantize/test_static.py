@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tersor.core.machine import saturates_int8
 from tersor.core.target import Target
 from tersor.errors import DataError, NonFiniteError, UnsupportedError
 from tersor.graph import FakeQuantize
+from tersor.graph.lower import bias_scale
 from tersor.quantize import Static, ranges
 from tersor.quantize.placement import Placement
 from tersor.quantize.prepare import Prepared, set_activation_ranges
@@ -36,6 +38,8 @@ from zoo import (
     Transformer,
     TwoInputs,
     context_for,
+    exported,
+    integers,
     normal,
     quantized,
     relative,
@@ -300,3 +304,167 @@ def test_quantizing_again_after_a_change_starts_afresh() -> None:
     for path, quant in second.plan.weights.items():
         assert quant.scale == pytest.approx(first.plan.weights[path].scale, rel=1e-5)  # the grid is kept
     assert [record.name for record in second.history] == ["quantize.static", "quantize.static"]
+
+
+class Uneven(nn.Module):
+    """Channels of very different size before a layer and behind it, as BatchNorm and LayerNorm leave them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        sizes = torch.logspace(-0.6, 0.6, 16)
+        with torch.no_grad():
+            self.first.weight.mul_(sizes[:, None])
+            self.first.bias.mul_(sizes)
+            self.second.weight.div_(sizes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(functional.relu(self.second(functional.relu(self.first(features)))))
+
+
+CORRELATED = CNN_DATA + 2 * normal(48, 1, 1, 1, seed=9)
+RECOVERIES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
+    "equalize": (Uneven, MLP_DATA, {"equalize": True}),
+    "smooth": (Uneven, MLP_DATA, {"smooth": 0.5}),
+    "mean": (Cnn, CORRELATED, {"correction": "mean"}),
+    "mean and variance": (Cnn, CORRELATED, {"correction": "mean_and_variance"}),
+    "gptq": (Cnn, CORRELATED, {"rounding": "gptq"}),
+    "obq": (Cnn, CORRELATED, {"rounding": "obq"}),
+    "adaround": (Cnn, CORRELATED, {"rounding": "adaround", "steps": 100}),
+    "blocks": (Cnn, CORRELATED, {"rounding": "blocks", "steps": 100}),
+    "gptq and mean": (Cnn, CORRELATED, {"rounding": "gptq", "correction": "mean"}),
+    "all of it": (
+        Uneven,
+        MLP_DATA,
+        {"equalize": True, "smooth": 0.5, "rounding": "blocks", "steps": 50, "correction": "mean"},
+    ),
+}
+
+
+def coarse(build: Callable[[], nn.Module], data: Tensor, **settings: Any) -> tuple[Candidate, Any]:
+    """Weights in 3 bits, activations in 4."""
+    module = seeded(build)
+    context = context_for(module, data)
+    fields = {"weight_bits": 3, "activation_bits": 4, "edge_bits": 4, "batch_size": 16, **settings}
+    return quantized(module, context, **fields), context
+
+
+@pytest.mark.parametrize("case", RECOVERIES)
+def test_every_recovery_brings_the_model_nearer_to_float(case: str, noticed: Callable[[nn.Module], str]) -> None:
+    build, data, settings = RECOVERIES[case]
+    plain, context = coarse(build, data)
+    before = noticed(context.original)
+    done, _ = coarse(build, data, **settings)
+    again, _ = coarse(build, data, **settings)
+    assert relative(*outputs(done, context)) < relative(*outputs(plain, context))
+    assert noticed(context.original) == before
+    assert done.plan == again.plan
+    assert state_hash(done.module) == state_hash(again.module)
+    assert done.simulation is not None
+    assert again.simulation is not None
+    assert state_hash(done.simulation) == state_hash(again.simulation)
+    assert all(done.history[-1].settings[name] == value for name, value in settings.items())
+
+
+@pytest.mark.parametrize("case", RECOVERIES)
+def test_weights_and_biases_are_whole_numbers_of_their_steps(case: str) -> None:
+    build, data, settings = RECOVERIES[case]
+    done, _ = coarse(build, data, **settings)
+    assert done.plan is not None
+    assert isinstance(done.simulation, fx.GraphModule)
+    for path, quant in done.plan.weights.items():
+        quantizer = done.simulation.get_submodule(f"weight_quantizers.{path.replace('.', '_')}")
+        assert isinstance(quantizer, FakeQuantize)
+        weight, scale = done.simulation.get_parameter(path), torch.tensor(quant.scale)
+        codes = quantizer(weight) / scale.reshape(-1, *[1] * (weight.ndim - 1))
+        assert torch.allclose(codes, codes.round(), atol=1e-4)
+        assert quant.scheme.qmin <= int(codes.round().min()) <= int(codes.round().max()) <= quant.scheme.qmax
+    for node in done.simulation.graph.nodes:
+        if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default):
+            step = bias_scale(done.simulation, node)
+            assert step is not None
+            codes = done.simulation.get_parameter(str(node.args[2].target)).double() / step.double()
+            assert torch.allclose(codes, codes.round(), atol=1e-2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_four_bits_work_for_every_model(case: str) -> None:
+    build, data, fields = CASES[case]
+    module = seeded(build)
+    target = Target(threads=1, reduce_range=False, dynamic=TEXT_DYNAMIC if case == "transformer" else {})
+    context = context_for(module, data, target, **fields)
+    done = quantized(module, context, weight_bits=4, activation_bits=4, edge_bits=4)
+    assert 0.001 < relative(*outputs(done, context)) < 0.6
+    assert done.plan is not None
+    assert {quant.scheme.bits for path, quant in done.plan.weights.items() if "embedding" not in path} == {4}
+    note = done.history[-1].notes[0]
+    assert "weights in int4" in note
+    assert "activations in int4" in note
+
+
+def test_more_bits_are_nearer() -> None:
+    errors = []
+    for bits in range(3, 9):
+        done, context = coarse(Cnn, CORRELATED, weight_bits=bits, activation_bits=8, edge_bits=bits)
+        errors.append(relative(*outputs(done, context)))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "obq", "adaround", "blocks"])
+def test_pruned_weights_stay_pruned(rounding: str) -> None:
+    module = seeded(Cnn)
+    weights = {name: module.get_parameter(name) for name in ("stem.weight", "block.0.weight", "head.weight")}
+    masks = {name: weight.abs() > weight.abs().median() for name, weight in weights.items()}
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weights[name].mul_(mask)
+    context = context_for(module, CORRELATED)
+    step = Static(weight_bits=3, edge_bits=3, rounding=rounding, steps=30)
+    done = step.apply(Candidate(frozen_copy(module), masks=masks), context)
+    for name, mask in masks.items():
+        assert not bool(done.module.get_parameter(name)[~mask].any())
+        assert bool(done.module.get_parameter(name)[mask].any())
+
+
+def test_distilled_data_stand_in_for_a_split() -> None:
+    module = seeded(Cnn)
+    context = context_for(module, None, report=CNN_DATA)
+    done = quantized(module, context, examples="distilled", samples=20, batch_size=10, range_method="minmax")
+    assert Static(examples="distilled").needs == frozenset()
+    assert "on 20 distilled examples" in done.history[-1].notes[0]
+    assert done.simulation is not None
+    with torch.no_grad():
+        assert relative(done.simulation(CNN_DATA), module(CNN_DATA)) < 0.3
+
+
+class Generator(nn.Module):
+    """Tokens in, images out: an embedding, attention, a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(24, 8)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.up = nn.ConvTranspose2d(8, 6, 2, 2, groups=2)
+        self.last = nn.Conv2d(6, 3, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.table(tokens)
+        query, key, value = (layer(hidden) for layer in (self.query, self.key, self.value))
+        seen = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return self.last(functional.relu(self.up(seen.reshape(-1, 8, 2, 3))))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("settings", [{}, {"rounding": "gptq", "correction": "mean"}], ids=["plain", "recovered"])
+def test_the_session_answers_like_the_simulation(runtime: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    module = seeded(Generator)
+    context = context_for(module, integers(24, 48, 6), Target(runtime, threads=1, reduce_range=True))
+    done = quantized(module, context, **settings)
+    assert done.plan is not None
+    assert set(done.plan.weights) >= {f"{name}.weight" for name in ("table", "query", "key", "value", "last")}
+    assert ("up.weight" in done.plan.weights) == (runtime == "openvino")
+    tokens = integers(24, 48, 6)
+    found = torch.as_tensor(exported(done, context, tmp_path)()(tokens))
+    simulated, expected = outputs(done, context)
+    assert relative(simulated, expected) < 0.05
+    assert relative(found, simulated) < 0.2 * relative(simulated, expected)

@@ -119,7 +119,7 @@ class QuantPlan(Config):
 
     @property
     def precision(self) -> str:
-        """What the target must be able to run, as in `Runtime.formats`: e.g. `int8`, `int4-weights`, `float16`."""
+        """What the target must be able to run, as in `Runtime.formats`: e.g. `int8`, `int4-weights`."""
         packed = self.pack and any(tensor.scheme.bits <= 4 for tensor in self.weights.values())
         return precision_name(self.mode, packed=packed)
 
@@ -139,6 +139,6 @@ class QuantPlan(Config):
 def precision_name(mode: Mode, *, packed: bool) -> str:
     """The name of a mode and the type that its weights are stored in."""
     if mode == "float16" or mode == "bfloat16":
-        return mode
+        return f"{mode}-weights"
     suffix = {"static": "", "dynamic": "-dynamic", "weight_only": "-weights"}[mode]
     return ("int4" if packed else "int8") + suffix

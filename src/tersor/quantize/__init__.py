@@ -19,6 +19,7 @@ from tersor.quantize.formats import (
     uniform,
 )
 from tersor.quantize.functions import QuantizedModel, dynamic, qat, static, weight_only
+from tersor.quantize.half import Half
 from tersor.quantize.mixed import Mixed
 from tersor.quantize.qat import Qat
 from tersor.quantize.sensitivity import sensitivity
@@ -29,6 +30,7 @@ __all__ = [
     "Dynamic",
     "Fallback",
     "Granularity",
+    "Half",
     "Mixed",
     "Qat",
     "Quantized",

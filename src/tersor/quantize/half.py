@@ -1,7 +1,8 @@
-"""Shorter floats: parameters in float16 or bfloat16, and arithmetic in them where the runtime has kernels.
+"""Shorter floats: parameters in float16 or bfloat16, decoded when the file is loaded, computed with in float32.
 
-Softmax, normalisation and sums stay in float32, as in automatic mixed precision: Micikevicius et al. 2018,
-https://arxiv.org/abs/1710.03740; bfloat16: Kalamkar et al. 2019, https://arxiv.org/abs/1905.12322.
+Half the bytes at next to no loss. The processors that the runtimes were tried on have no faster kernels for them.
+Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740; bfloat16: Kalamkar et al. 2019,
+https://arxiv.org/abs/1905.12322.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from tersor.core.candidate import Candidate
 from tersor.core.context import Context
-from tersor.core.quantization import QuantPlan
+from tersor.core.quantization import QuantPlan, precision_name
 from tersor.core.step import Kind, Step
 from tersor.errors import UnsupportedError
 from tersor.quantize.formats import bfloat16, float16
@@ -37,7 +38,7 @@ class Half(Step):
     @property
     def precision(self) -> str:
         """What the target must be able to run."""
-        return self.format
+        return precision_name(self.format, packed=False)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Rounds a copy."""

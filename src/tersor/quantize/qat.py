@@ -24,6 +24,7 @@ from tersor.errors import ConfigError
 from tersor.graph.capture import input_tensors
 from tersor.quantize.finish import finish
 from tersor.quantize.prepare import Prepared, batches_of, prepare
+from tersor.quantize.residual import spare_residuals
 from tersor.quantize.static import cautions, summary
 from tersor.quantize.student import Grid, Student, deployed, install
 from tersor.quantize.widths import Widths
@@ -32,6 +33,9 @@ from tersor.train import Schedule, fit
 
 class Qat(Widths, Step):
     """Calibrates like `quantize.static`, then trains weights, BatchNorm and quantizers together; masks keep holding.
+
+    `activation_bits` is for the inputs of layers; residual sums, poolings and whatever else reads the same values gets
+    them in at least `residual_bits`.
 
     `quantizer` says what is learned: `lsq` every step size, `lsq+` the activations' zero points too, `pact` the
     activations' clipping levels, `ste` none, the calibrated ranges stay. In the last `freeze_batchnorm` of the steps
@@ -45,6 +49,7 @@ class Qat(Widths, Step):
     name: ClassVar[str] = "quantize.qat"
     kind: ClassVar[Kind] = "quantize"
 
+    residual_bits: int = Field(default=8, ge=2, le=8)
     schedule: Schedule = Field(default_factory=Schedule)
     quantizer: Literal["lsq", "lsq+", "pact", "ste"] = "lsq"
     range_method: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "mse"
@@ -96,7 +101,7 @@ class Qat(Widths, Step):
         """Trains a copy; the result carries the plan and its simulation."""
         started = time.perf_counter()
         self.check(context)
-        student = Student(prepare(candidate, context, self.name, self), candidate.module, candidate.masks)
+        student = Student(self._prepare(candidate, context), candidate.module, candidate.masks)
         split = context.task.require("calibrate", self.name)
         batches = batches_of(split, self.samples, self.batch_size)
         student.calibrate(self._widths(), self.range_method, batches)
@@ -104,7 +109,7 @@ class Qat(Widths, Step):
             student.learn(self.quantizer, decay=self.schedule.weight_decay)
         trace = self._train(student, context)
         trained, grids = student.trained(candidate.module)
-        prepared = prepare(replace(candidate, module=trained), context, self.name, self)
+        prepared = self._prepare(replace(candidate, module=trained), context)
         install(prepared, deployed(prepared, grids))
         plan, module = finish(prepared, trained, pack=self.pack)
         notes = [
@@ -119,10 +124,13 @@ class Qat(Widths, Step):
 
     def resume(self, candidate: Candidate, context: Context) -> Candidate:
         """Builds the simulation anew from the module and the plan that an earlier `apply` left."""
-        prepared = prepare(candidate, context, self.name, self)
+        prepared = self._prepare(candidate, context)
         install(prepared, _planned(prepared, candidate))
         finish(prepared, candidate.module, pack=self.pack)
         return replace(candidate, simulation=prepared.simulation.eval())
+
+    def _prepare(self, candidate: Candidate, context: Context) -> Prepared:
+        return spare_residuals(prepare(candidate, context, self.name, self), self.residual_bits)
 
     def _widths(self) -> tuple[int, ...]:
         """The least bits of each stage."""

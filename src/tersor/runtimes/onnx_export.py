@@ -17,6 +17,7 @@ from tersor.errors import CaptureError, ExportError
 from tersor.graph import capture, fold_batch_norm, lower
 from tersor.graph.fold import get_tensor
 from tersor.runtimes.onnx_constants import store_as_integers
+from tersor.runtimes.onnx_halves import store_as_halves
 from tersor.runtimes.onnx_kernels import MICROSOFT, Compressed, Kernels, check_all_found
 from tersor.runtimes.onnx_routes import (
     OPSET,
@@ -131,6 +132,9 @@ def _store(
     model: Any, module: nn.Module, plan: QuantPlan | None, folded: Mapping[str, tuple[Tensor, int, Tensor]], reader: str
 ) -> None:
     if plan is None:
+        return
+    if plan.casts:
+        store_as_halves(model.graph, plan.mode)
         return
     dynamic = plan.mode == "dynamic"
     storing = (

@@ -71,7 +71,10 @@ class OnnxRuntime(Runtime):
     name: ClassVar[str] = "onnxruntime"
     package: ClassVar[str] = "onnxruntime"
     formats: ClassVar[frozenset[str]] = frozenset(
-        {"float32", "int8", "int4", "int8-dynamic", "int8-weights", "int4-weights"}
+        {
+            *("float32", "float16-weights", "bfloat16-weights"),
+            *("int8", "int4", "int8-dynamic", "int8-weights", "int4-weights"),
+        }
     )
 
     def export(

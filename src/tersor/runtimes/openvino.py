@@ -69,13 +69,16 @@ class OpenVino(Runtime):
     package: ClassVar[str] = "openvino"
     extra: ClassVar[str] = "openvino"
     formats: ClassVar[frozenset[str]] = frozenset(
-        {"float32", "int8", "int4", "int8-dynamic", "int8-weights", "int4-weights"}
+        {
+            *("float32", "float16-weights"),
+            *("int8", "int4", "int8-dynamic", "int8-weights", "int4-weights"),
+        }
     )
 
     def export(
         self, candidate: Candidate, example: Batch, directory: Path, *, signature: Signature, target: Target
     ) -> list[Path]:
-        """Writes the model by way of ONNX, in the precision of the plan (no silent FP16)."""
+        """Writes the model by way of ONNX, in the precision of the plan: no FP16 that nobody asked for."""
         import openvino
 
         with TemporaryDirectory() as scratch:
@@ -84,13 +87,13 @@ class OpenVino(Runtime):
             try:
                 model = openvino.convert_model(str(source))
                 _number_from_zero(model)
-                dynamic = candidate.plan is not None and candidate.plan.mode == "dynamic"
-                model.set_rt_info(DYNAMIC_GROUP if dynamic else "0", ["runtime_options", GROUP_SIZE])
+                mode = candidate.plan.mode if candidate.plan is not None else None
+                model.set_rt_info(DYNAMIC_GROUP if mode == "dynamic" else "0", ["runtime_options", GROUP_SIZE])
             except Exception as error:
                 reason = " ".join(str(error).split())[:400]  # the first line alone is only a place in its source
                 raise ExportError(f"OpenVINO could not convert the model: {reason}") from error
             try:
-                openvino.save_model(model, str(directory / FILE), compress_to_fp16=False)
+                openvino.save_model(model, str(directory / FILE), compress_to_fp16=mode == "float16")
             except Exception as error:  # a full disk reads "basic_ios::clear: iostream error"
                 raise OutputDirectoryError(
                     f"OpenVINO cannot write {directory / FILE} ({str(error).splitlines()[0]}); is the disk full or "
