@@ -162,6 +162,43 @@ def mixed_precision_seconds() -> str:
     return "\n".join(lines)
 
 
+def ptq_accuracy() -> str:
+    """Every contestant of post-training quantization, a column per network."""
+    rows = _result("ptq_accuracy")["rows"]
+    names = list(dict.fromkeys(name for found in rows.values() for name in found))
+    lines = [f"| | {' | '.join(f'{depth}, % | drop, points' for depth in rows)} |", "|---|" + "---:|---|" * len(rows)]
+    for name in names:
+        cells = []
+        for found in rows.values():
+            row = found.get(name)
+            cells.append(f"{row['top1_percent']:.2f} | {_interval(row)}" if row else "not run | ")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    if "drop_points" not in row:
+        return ""
+    return f"{row['drop_points']:+.2f} [{row['low_points']:+.2f}, {row['high_points']:+.2f}]"
+
+
+def qat_accuracy() -> str:
+    """ResNet-20 at few bits, after training and trained."""
+    result = _result("qat_accuracy")
+    names = {"static": "post-training", "lsq": "learned steps, distillation", "ste": "fixed ranges, labels"}
+    lines = [
+        f"| bits | | epochs | top-1 (float {result['float_top1']:.2f}) | drop | processor minutes |",
+        "|---|---|---:|---:|---|---:|",
+    ]
+    for row in result["rows"]:
+        epochs = row["step"].get("schedule", {}).get("epochs", "")
+        lines.append(
+            f"| W{row['bits']}A{row['bits']} | {names[row['name']]} | {epochs} | {row['quantized_top1']:.2f} | "
+            f"{_drop(row, 'quantized')} | {row['processor_seconds'] / 60:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -175,6 +212,8 @@ RENDERERS: dict[str, Callable[[], str]] = {
         number_formats,
         mixed_precision,
         mixed_precision_seconds,
+        qat_accuracy,
+        ptq_accuracy,
     )
 }
 

@@ -98,12 +98,10 @@ class Ready:
             return torch.cat([batch.call(self.module) for batch in self.batches()])
 
 
-def ready(
-    build: Callable[[], nn.Module], data: Any, batch_size: int = 16, runtime: str = "eager", **widths: Any
-) -> Ready:
+def ready(build: Callable[[], nn.Module], data: Any, batch_size: int = 16, **widths: Any) -> Ready:
     """Prepares and calibrates; the last batch may be smaller."""
     module = seeded(build)
-    context = context_for(module, data, Target(runtime, threads=1, reduce_range=False))
+    context = context_for(module, data, Target("eager", threads=1, reduce_range=False))
     prepared = prepare(Candidate(frozen_copy(module)), context, "test", Widths(**widths))
     split = context.task.splits["calibrate"]
     parts = [range(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]

@@ -56,10 +56,8 @@ def test_the_last_layers_channels_have_floats_means(case: str) -> None:
 @pytest.mark.parametrize("case", ["cnn", "linear", "grouped", "parallel"])
 def test_means_and_variances_are_floats_and_the_codes_stay(case: str) -> None:
     model = made(case)
-    before, scales = (
-        codes(model),
-        {path: model.prepared.quantizer(path).scale for path in model.prepared.placement.weights},
-    )
+    before = codes(model)
+    scales = {path: model.prepared.quantizer(path).scale for path in model.prepared.placement.weights}
     expected = model.expected()
     correct(model.prepared, model.batches, "mean_and_variance")
     found = model.outputs()

@@ -103,7 +103,7 @@ def test_both_sides_of_every_pair_have_the_same_range() -> None:
     groups=st.sampled_from([1, 2, 4, 8]),
     leaking=st.floats(0, 1),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_any_channel_scales_and_groups(scales: list[float], groups: int, leaking: float) -> None:
     module = seeded(
         lambda: Chain(

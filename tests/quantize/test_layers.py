@@ -94,3 +94,9 @@ def test_every_layer_gets_a_bias_and_nothing_changes() -> None:
     assert torch.equal(kept, model.module.get_parameter("first.bias"))  # no longer shared
     give_biases(model.prepared)
     assert torch.equal(bias_of(model.prepared, first), torch.full((6,), 3.0))  # type: ignore[arg-type]
+
+
+def test_a_norm_along_another_dimension_than_the_layers_channels_is_not_folded() -> None:
+    model = ready(lambda: nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), normal(20, 5, 12))
+    assert model.prepared.folded == {}
+    assert relative(model.outputs(), model.expected()) < 0.05

@@ -170,10 +170,10 @@ def test_the_same_seed_gives_the_same_bits(settings: dict[str, Any]) -> None:
     assert state_hash(results[0].simulation) == state_hash(results[1].simulation)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_the_runtime_answers_like_the_simulation(runtime: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("runtime", "bits"), [("onnxruntime", 8), ("openvino", 8), ("onnxruntime", 4)])
+def test_the_runtime_answers_like_the_simulation(runtime: str, bits: int, tmp_path: Path) -> None:
     module, seen = cnn(target=Target(runtime, threads=1, reduce_range=False))
-    done = Qat(schedule=SHORT).apply(Candidate(module), seen)
+    done = Qat(weight_bits=bits, activation_bits=bits, schedule=SHORT).apply(Candidate(module), seen)
     found = exported(done, seen, tmp_path)()(CNN_DATA)
     expected = answers(done, CNN_DATA)
     assert relative(found, expected) < 0.02

@@ -139,7 +139,7 @@ def test_what_is_seen_behind_a_smoothed_layer_is_what_it_gives() -> None:
 
 
 @given(scales=st.lists(st.floats(-4, 4), min_size=WIDTH, max_size=WIDTH), alpha=st.floats(0, 1))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_scales(scales: list[float], alpha: float) -> None:
     module = seeded(Chained)
     values = TOKENS * 10.0 ** torch.tensor(scales)

@@ -241,3 +241,23 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_steps() -> None:
 
     losses: list[float] = fit(network(), SPLIT, watching, schedule=schedule(), seed=0)
     assert losses == pytest.approx([sum(values[:6]) / 6, sum(values[6:]) / 6])
+
+
+def test_what_is_called_before_and_after_a_step_sees_each_once() -> None:
+    told: list[tuple[int, int] | str] = []
+    module = network()
+
+    def before(step: int, total: int) -> None:
+        assert module.training
+        told.append((step, total))
+
+    fit(
+        module,
+        SPLIT,
+        cross_entropy,
+        schedule=schedule(),
+        seed=0,
+        before_step=before,
+        after_step=lambda: told.append("after"),
+    )
+    assert told == [entry for step in range(12) for entry in ((step, 12), "after")]

@@ -55,7 +55,8 @@ def _coverage(plan: Plan, deployed: Exported, layers: list[Layer], total_macs: i
     in_low = sum(parameters[path].numel() for path in stored if path in parameters)  # a weight may be a buffer
     before = sum(parameter.numel() for parameter in plan.original.parameters())
     pruned = before - total + sum(int((~mask).sum()) for mask in candidate.masks.values())
-    low_macs = sum(layer.macs for layer in layers if layer.precision != "float32")
+    rounds_activations = candidate.plan is not None and candidate.plan.mode in {"static", "dynamic"}
+    low_macs = sum(layer.macs for layer in layers if layer.precision != "float32" and rounds_activations)
     operators: list[str] = []
     if candidate.plan is not None:
         operators = plan.runtime.float_operators(

@@ -28,7 +28,7 @@ _LIMIT = 1e4
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Values with outliers: what makes them, and the layers that read them, nobody else."""
 
     giver: fx.Node
@@ -48,19 +48,19 @@ def smooth(graph_module: fx.GraphModule, units: dict[str, Tensor], batches: Batc
     Returns:
         At how many places.
     """
-    places = _places(graph_module)
+    where = places(graph_module)
     stream = Stream(graph_module, [tuple(batch.tensors().values()) for batch in batches()])
     with torch.no_grad():  # all before any change: the run holds values of the graph as it was
-        found = [torch.stack([_peaks(value) for value in stream.advance(place.value)]).amax(0) for place in places]
-    for place, peaks in zip(places, found, strict=True):
+        found = [torch.stack([_peaks(value) for value in stream.advance(place.value)]).amax(0) for place in where]
+    for place, peaks in zip(where, found, strict=True):
         weights = torch.stack([column_peaks(graph_module, reader) for reader in place.readers]).amax(0)
         factor = peaks**alpha / weights ** (1 - alpha)
         usable = torch.isfinite(factor) & (factor < _LIMIT) & (factor > 1 / _LIMIT)
         factor = torch.where(usable, factor, 1.0)
-        _divide(graph_module, units, place.giver, factor)
+        divide(graph_module, units, place.giver, factor)
         for reader in place.readers:
             scale_columns(graph_module, units, reader, factor)
-    return len(places)
+    return len(where)
 
 
 def _peaks(value: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ def _peaks(value: Tensor) -> Tensor:
     return value.reshape(-1, value.shape[-1]).abs().amax(0)
 
 
-def _places(graph_module: fx.GraphModule) -> list[_Place]:
+def places(graph_module: fx.GraphModule) -> list[Place]:
+    """Where values can be divided, channel by channel, with nothing to compute in addition."""
     found = []
     for giver in varying(graph_module):
         if not _can_be_divided(giver):
@@ -78,7 +79,7 @@ def _places(graph_module: fx.GraphModule) -> list[_Place]:
             (value,) = value.users
         readers = list(value.users)
         if readers and all(_reads(reader, value) for reader in readers):
-            found.append(_Place(giver, value, readers))
+            found.append(Place(giver, value, readers))
     return found
 
 
@@ -105,7 +106,7 @@ def _is_own(value: object) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr" and len(value.users) == 1
 
 
-def _divide(graph_module: fx.GraphModule, units: dict[str, Tensor], giver: fx.Node, factor: Tensor) -> None:
+def divide(graph_module: fx.GraphModule, units: dict[str, Tensor], giver: fx.Node, factor: Tensor) -> None:
     """Makes a node give its values divided by ``factor``."""
     if giver.target is _aten.linear.default:
         scale_rows(graph_module, units, giver, 1 / factor)

@@ -1,7 +1,8 @@
 """Weight-only quantization: weights in few bits, everything is computed in float.
 
 ``W ≈ s · (q − z)`` with a scale (and a zero point, unless symmetric) per group of inputs. Frantar et al. 2023 (GPTQ),
-https://arxiv.org/abs/2210.17323; Badri & Shaji 2023 (HQQ), https://mobiusml.github.io/hqq_blog.
+https://arxiv.org/abs/2210.17323; Badri & Shaji 2023 (HQQ), https://mobiusml.github.io/hqq_blog; Lin et al. 2023 (AWQ),
+https://arxiv.org/abs/2306.00978.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tersor.core.batch import Batch
 from tersor.core.candidate import Candidate
 from tersor.core.context import Context
-from tersor.core.quantization import QuantPlan, TensorQuant, precision_name
+from tersor.core.quantization import QuantPlan, QuantScheme, TensorQuant, precision_name
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role
 from tersor.errors import ConfigError
@@ -28,6 +29,7 @@ from tersor.quantize.prepare import batches_of
 from tersor.quantize.rounding.base import WeightGrid
 from tersor.quantize.rounding.gptq import gptq
 from tersor.quantize.rounding.hqq import hqq
+from tersor.quantize.scale_columns import scaled_for_rounding
 
 KERNEL_BLOCK = 16  # kernels want groups in multiples of it
 
@@ -38,7 +40,8 @@ class WeightOnly(Step):
     `group_size` neighbours among a layer's inputs share a scale; None: all of them. A layer whose inputs it does not
     divide takes the largest smaller group that kernels like, else one scale per output. Convolutions get 8 bits, one
     scale per output channel. `method`: `nearest`; `hqq` fits scales and zero points, without data; `gptq` repairs
-    rounding errors on `samples` calibration examples, layer by layer. `keep` leaves layers in float, by glob patterns
+    rounding errors on `samples` calibration examples, layer by layer; `awq` scales the columns that large inputs meet,
+    where the inputs can be scaled down for free. `keep` leaves layers in float, by glob patterns
     over their paths.
     """
 
@@ -48,7 +51,7 @@ class WeightOnly(Step):
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int | None = Field(default=32, ge=2)
     symmetric: bool = False
-    method: Literal["nearest", "gptq", "hqq"] = "nearest"
+    method: Literal["nearest", "gptq", "hqq", "awq"] = "nearest"
     range_method: Literal["minmax", "mse"] = "minmax"
     samples: int = Field(default=128, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -57,7 +60,7 @@ class WeightOnly(Step):
     @property
     def needs(self) -> frozenset[Role]:
         """The calibrate split, for `gptq`."""
-        return frozenset({"calibrate"}) if self.method == "gptq" else frozenset()
+        return frozenset({"calibrate"}) if self.method in {"gptq", "awq"} else frozenset()
 
     @property
     def precision(self) -> str:
@@ -68,10 +71,16 @@ class WeightOnly(Step):
         """Rounds a copy; the result carries the plan."""
         started = time.perf_counter()
         batches: list[Batch] = []
-        if self.method == "gptq":
-            split = context.task.require("calibrate", self.name)
-            batches = batches_of(split, self.samples, self.batch_size)()
         module = copy.deepcopy(candidate.module).eval()
+        scaled: list[str] = []
+        if self.needs:
+            split = context.task.require("calibrate", self.name)
+            examples = batches_of(split, self.samples, self.batch_size)
+            if self.method == "gptq":
+                batches = examples()
+            else:
+                module, count = scaled_for_rounding(module, context, examples, self._nearest)
+                scaled.append(f"columns scaled for their inputs at {count} places")
         chosen = select(
             module,
             self.name,
@@ -85,9 +94,17 @@ class WeightOnly(Step):
         if unseen:
             notes.append(f"no calibration example shows the inputs of {unseen}, rounded to nearest")
         plan = QuantPlan(tensors=[entries[weight.path] for weight in chosen], mode="weight_only", pack=self.bits <= 4)
-        notes.insert(0, f"{summary(chosen, plan.weights, module)}, by {self.method}")
+        notes = [f"{summary(chosen, plan.weights, module)}, by {self.method}", *scaled, *notes]
         done = replace(candidate, module=module, plan=plan, simulation=None)
         return done.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        """A weight `[O, K]` of a linear layer as `nearest` would round it."""
+        inputs = weight.shape[1]
+        group = None if self.group_size is None else fitting_group(inputs, self.group_size)
+        scheme = QuantScheme(bits=self.bits, signed=self.symmetric, symmetric=self.symmetric)
+        method: Any = ranges.mse if self.range_method == "mse" else ranges.minmax
+        return WeightGrid.fitted(weight, scheme, 1 if group is None else inputs // group, method=method).nearest(weight)
 
     def _formats(self, chosen: list[ModuleWeight]) -> tuple[dict[str, _Format], list[str]]:
         """Bits and groups of each weight, and what a reader must know about them."""
