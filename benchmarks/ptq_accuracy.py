@@ -65,8 +65,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W4A4 blocks": {"weight_bits": 4, "activation_bits": 4, "rounding": "blocks"},
 }
 BREVITAS: dict[str, dict[str, Any]] = {
-    "brevitas W4A8 gptq": {"weights": 4, "activations": 8, "gptq": True},
+    "brevitas W4A8": {"weights": 4, "activations": 8, "gptq": False},
     "brevitas W4A4": {"weights": 4, "activations": 4, "gptq": False},
+    "brevitas W4A8 gptq": {"weights": 4, "activations": 8, "gptq": True},
     "brevitas W4A4 gptq": {"weights": 4, "activations": 4, "gptq": True},
 }
 

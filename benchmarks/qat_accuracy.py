@@ -43,7 +43,7 @@ CALIBRATION = 512
 TARGET = Target("onnxruntime", threads=2, reduce_range=False)
 SCHEDULES = {  # by bits; the higher rate did better on 2,000 training images after 100 steps
     4: Schedule(epochs=1, lr=0.01, batch_size=128, weight_decay=1e-4),
-    2: Schedule(epochs=4, lr=0.03, batch_size=128, weight_decay=1e-4),
+    2: Schedule(epochs=3, lr=0.03, batch_size=128, weight_decay=1e-4),
 }
 
 

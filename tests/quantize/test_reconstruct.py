@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from tersor.core.target import Target
 from tersor.graph import FakeQuantize
 from tersor.graph.fold import get_tensor, set_parameter
 from tersor.quantize.layers import layers
-from tersor.quantize.reconstruct import Settings, Unit, mixed, reconstruct
+from tersor.quantize.reconstruct import Settings, Unit, _learning, _parts, mixed, reconstruct
 from tersor.quantize.reference import float_reference
 from zoo import (
     CNN_DATA,
@@ -117,12 +118,15 @@ class Concatenated(nn.Module):
 
 
 def test_a_scale_that_parts_share_stays() -> None:
-    model = ready(Concatenated, MLP_DATA, 12, weight_bits=3, activation_bits=3)
-    scales = {path: model.prepared.quantizer(path).scale.clone() for path in model.prepared.placement.activations}
-    uses = [node for node in model.prepared.simulation.graph.nodes if str(node.target) in scales]
-    assert len(uses) > len(scales)
-    reconstruct(model.prepared, model.batches, Settings(steps=150, drop=0))
-    assert all(torch.equal(model.prepared.quantizer(path).scale, scale) for path, scale in scales.items())
+    prepared = ready(Concatenated, MLP_DATA, 12).prepared
+    used = Counter(str(node.target) for node in prepared.simulation.graph.nodes if node.op == "call_module")
+    shared = {path for path in prepared.placement.activations if used[path] > 1}
+    assert len(shared) == 1
+    parts = _parts(prepared, "block")
+    assert any(str(node.target) in shared for part in parts for node in part.nodes)
+    for part in parts:
+        with _learning(prepared, part, 0, torch.Generator()) as (_, steps):
+            assert not shared & set(steps)
 
 
 @pytest.mark.parametrize("unit", ["layer", "block"])

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 _aten = torch.ops.aten
+LOWEST = torch.finfo(torch.float32).min
 _ATTENTION = _aten.scaled_dot_product_attention.default
 
 
@@ -16,6 +17,7 @@ def take_attention_apart(graph_module: fx.GraphModule) -> int:
     """Replaces fused attention by ``softmax(s · Q Kᵀ + M) V``, in place; returns how often.
 
     `Q [B, H, T, E]` takes the scale `s`: of all operands it is the smallest. Grouped queries and dropout stay fused.
+    A query that may look at nothing gets the mean of all values where fused attention gives 0: it is padding.
     """
     count = 0
     for node in list(graph_module.graph.nodes):
@@ -49,10 +51,10 @@ def _parts(graph: fx.Graph, node: fx.Node) -> fx.Node:
     scores = call(_aten.matmul.default, call(_aten.mul.Tensor, query, scale), call(_aten.transpose.int, key, -2, -1))
     if causal:
         lower = call(_aten.tril.default, call(_aten.ones_like.default, scores))
-        scores = call(_aten.masked_fill.Scalar, scores, call(_aten.eq.Scalar, lower, 0), -math.inf)
+        scores = call(_aten.masked_fill.Scalar, scores, call(_aten.eq.Scalar, lower, 0), LOWEST)
     if isinstance(mask, fx.Node):
         if mask.meta["val"].dtype is torch.bool:
-            scores = call(_aten.masked_fill.Scalar, scores, call(_aten.logical_not.default, mask), -math.inf)
+            scores = call(_aten.masked_fill.Scalar, scores, call(_aten.logical_not.default, mask), LOWEST)
         else:
             scores = call(_aten.add.Tensor, scores, mask)
     return call(_aten.matmul.default, call(_aten.softmax.int, scores, -1), value)
