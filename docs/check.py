@@ -199,6 +199,98 @@ def qat_accuracy() -> str:
     return "\n".join(lines)
 
 
+def charlstm() -> str:
+    """The character LSTM: loss and time of every contestant."""
+    result = _result("charlstm")
+    float_name = "onnxruntime float32"
+    before = result["contestants"][float_name]["latency_ms"]["median"]
+    lines = ["| | bits per character | loss | kB | time against float32, medians |", "|---|---:|---:|---:|---:|"]
+    for name, row in result["contestants"].items():
+        time = row.get("latency_ms")
+        lines.append(
+            f"| {name} | {row['bits_per_character']:.4f} | {row['loss_bits_per_character']:+.4f} | "
+            f"{row['size_bytes'] / 1000:,.0f} | {time['median'] / before:.2f} |"
+            if time
+            else f"| {name} | {row['bits_per_character']:.4f} | {row['loss_bits_per_character']:+.4f} | "
+            f"{row['size_bytes'] / 1000:,.0f} | not timed |"
+        )
+    return "\n".join(lines)
+
+
+def minilm() -> str:
+    """MiniLM on SST-2: time, accuracy and bytes of every contestant."""
+    result = _result("minilm_int8")
+    lines = [
+        "| | 1 x 32 tokens, ms | 8 x 64 tokens, ms | top-1, % | drop, points [95 % interval] | MB |",
+        "|---|---:|---:|---:|---|---:|",
+    ]
+    for name, small in result["1x32"].items():
+        accuracy = result["accuracy"][name]
+        lines.append(
+            f"| {name} | {small['median']:.2f} | {result['8x64'][name]['median']:.1f} | "
+            f"{accuracy['top1_percent']:.2f} | {_interval(accuracy)} | {result['size_bytes'][name] / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def minilm_ratios() -> str:
+    """Our time over the peers', paired by round."""
+    result = _result("minilm_int8")
+    lines = ["| time ratio, below 1 means that tersor is faster | 1 x 32 | 8 x 64 |", "|---|---:|---:|"]
+    for pair, small in result["1x32_time_ratio"].items():
+        lines.append(f"| {pair} | {small:.3f} | {result['8x64_time_ratio'][pair]:.3f} |")
+    return "\n".join(lines)
+
+
+def quantize_memory() -> str:
+    """Memory and time for a BERT of 100 million parameters."""
+    rows = _result("quantize_memory")["rows"]
+    size = next(iter(rows.values()))["parameters"] / 1e6
+    lines = [f"| BERT, {size:.0f} million parameters | peak memory over the model's own | seconds |", "|---|---:|---:|"]
+    lines += [f"| {name} | {row['peak_over_model']:.2f} | {row['seconds']:.1f} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def quantization_summary() -> str:
+    """What each way to fewer bits costs, in one table."""
+    lines = ["| model | bits | how | result |", "|---|---|---|---|"]
+    post = _result("ptq_accuracy")["rows"]["ResNet-20"]
+    for bits, how, name in (
+        ("W8A8", "no data at all", "tersor W8A8 data-free"),
+        ("W4A8", "GPTQ, corrected", "tersor W4A8 gptq, mean and variance"),
+        ("W4A4", "GPTQ, corrected", "tersor W4A4 gptq, mean and variance"),
+    ):
+        lines.append(f"| ResNet-20, CIFAR-10 | {bits} | {how} | drop {_interval(post[name])} points |")
+    for row in _result("qat_accuracy")["rows"]:
+        if row["name"] == "lsq":
+            low, high = row["quantized_interval_points"]
+            epochs = row["step"]["schedule"]["epochs"]
+            lines.append(
+                f"| ResNet-20, CIFAR-10 | W{row['bits']}A{row['bits']} | trained, {epochs} epoch{'s' * (epochs > 1)} | "
+                f"drop {row['quantized_drop_points']:+.2f} [{low:+.2f}, {high:+.2f}] points |"
+            )
+    text = _result("minilm_int8")
+    for runtime, peer in (("onnxruntime", "quantize_dynamic int8"), ("openvino", "nncf openvino int8")):
+        name = f"tersor {runtime} static int8"
+        ratio = text["1x32_time_ratio"][f"{name} / {peer}"]
+        lines.append(
+            f"| MiniLM, SST-2 | int8, {runtime} | static | drop {_interval(text['accuracy'][name])} points, time "
+            f"{ratio:.2f}x of {peer.removesuffix(' int8')} |"
+        )
+    lstm = _result("charlstm")["contestants"]
+    dynamic, before = lstm["tersor onnxruntime int8-dynamic"], lstm["onnxruntime float32"]
+    lines.append(
+        f"| character LSTM | int8, onnxruntime | dynamic | {dynamic['loss_bits_per_character']:+.4f} bits per character, "
+        f"{before['latency_ms']['median'] / dynamic['latency_ms']['median']:.1f}x faster |"
+    )
+    losses = [lstm[f"tersor onnxruntime int4-weights, {how}"]["loss_bits_per_character"] for how in ("gptq", "nearest")]
+    lines.append(
+        f"| character LSTM | int4 weights | GPTQ | {losses[0]:+.4f} bits per character; rounded to nearest "
+        f"{losses[1]:+.4f} |"
+    )
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -214,6 +306,11 @@ RENDERERS: dict[str, Callable[[], str]] = {
         mixed_precision_seconds,
         qat_accuracy,
         ptq_accuracy,
+        charlstm,
+        quantization_summary,
+        minilm,
+        minilm_ratios,
+        quantize_memory,
     )
 }
 

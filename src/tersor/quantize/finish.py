@@ -106,13 +106,19 @@ def _entry(name: str, role: Literal["weight", "activation"], quantizer: FakeQuan
 
 
 def _rounded_copy(prepared: Prepared, module: nn.Module) -> nn.Module:
-    """What multiplied a weight before it was quantized is taken out again; channels of factor zero stay."""
-    done = copy.deepcopy(module)
+    """What multiplied a weight before it was quantized is taken out again; channels of factor zero stay.
+
+    Weights that nothing multiplied are shared with the simulation, so that a large model is not held three times.
+    """
+    copies: dict[int, object] = {}  # as `deepcopy` notes what it has copied
     with torch.no_grad():
         for path, name in prepared.placement.weights.items():
             rounded = prepared.quantizer(path)(get_tensor(prepared.simulation, name).detach())
-            weight, unit = get_tensor(done, name), prepared.units.get(name)
-            if unit is not None:
+            weight, unit = get_tensor(module, name), prepared.units.get(name)
+            if unit is None:
+                set_parameter(prepared.simulation, name, rounded)
+            else:
                 rounded = torch.where(unit == 0, weight, rounded / torch.where(unit == 0, 1, unit))
-            weight.copy_(rounded)
-    return done
+            is_parameter = isinstance(weight, nn.Parameter)
+            copies[id(weight)] = nn.Parameter(rounded, weight.requires_grad) if is_parameter else rounded
+    return copy.deepcopy(module, copies)

@@ -5,13 +5,14 @@ The steps of recipes do the same work; `tersor.compress` also exports, measures 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from tersor.core.candidate import Candidate, check_finite_weights, frozen_copy
+from tersor.core.candidate import Candidate, check_finite_weights
 from tersor.core.context import Context
 from tersor.core.quantization import QuantPlan
 from tersor.core.step import Step
@@ -144,6 +145,7 @@ def _apply(
 ) -> QuantizedModel:
     task = data if isinstance(data, Task) else Task(calibrate=data, output=output)
     check_finite_weights(model)
-    module = frozen_copy(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    module = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()  # shares them: steps copy
     context = Context(task, target or Target("onnxruntime"), module, losses=losses or {})
     return QuantizedModel.of(step.apply(Candidate(module), context))
