@@ -26,7 +26,7 @@ METHODS = sorted(
     {
         name
         for name in NAMES
-        if name.startswith(("prune/criteria/", "distill/losses/", "quantize/ranges/"))
+        if name.startswith(("prune/criteria/", "distill/losses/", "quantize/ranges/", "quantize/rounding/"))
         and not name.endswith(("__init__.py", "/base.py"))
     }
     | {
@@ -47,6 +47,10 @@ METHODS = sorted(
         "prune/structured.py",
         "prune/unstructured.py",
         "quantize/allocation.py",
+        "quantize/correct.py",
+        "quantize/distilled_data.py",
+        "quantize/dynamic.py",
+        "quantize/equalize.py",
         "quantize/fallback.py",
         "quantize/formats/codebook.py",
         "quantize/formats/floats.py",
@@ -54,15 +58,24 @@ METHODS = sorted(
         "quantize/formats/normal_float.py",
         "quantize/formats/powers.py",
         "quantize/formats/uniform.py",
+        "quantize/half.py",
+        "quantize/learned.py",
         "quantize/mixed.py",
+        "quantize/qat.py",
+        "quantize/reconstruct.py",
+        "quantize/round_weights.py",
+        "quantize/scale_columns.py",
         "quantize/sensitivity.py",
+        "quantize/smooth.py",
         "quantize/static.py",
+        "quantize/weight_only.py",
         "train/loop.py",
     }
 )
 
 MOST_ARGUMENTS = 7
-# A command line has its options, a card its sections, a task its splits: each is one flat list, nothing branches.
+# A command line has its options, a card its sections, a task its splits, a loop its callbacks: each is one flat list,
+# nothing branches.
 MORE_ARGUMENTS = {
     "cli/main.py": {"compress_command"},
     "cli/prune.py": {"prune_command"},
@@ -72,6 +85,7 @@ MORE_ARGUMENTS = {
     "hf/text.py": {"text_task"},
     "measure/certificate.py": {"certify_metric"},
     "report/card.py": {"render_card"},
+    "train/loop.py": {"fit"},
 }
 
 

@@ -93,6 +93,8 @@ def prepare(
     style = style_for(context.target)
     placement = place(simulation, widths, style)
     if not placement.weights:
+        if widths.overrides:
+            raise UnsupportedError(f"{step}: the overrides {widths.overrides} keep every layer in float; free one")
         raise UnsupportedError(
             f"{step} found no layer that it can quantize in {type(module).__name__} for {context.target.runtime}: it "
             "covers convolutions, linear layers and embeddings; this model has none in its forward pass"

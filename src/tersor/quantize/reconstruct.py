@@ -105,12 +105,14 @@ def _parts(prepared: Prepared, unit: Unit) -> list[_Part]:
         for node in prepared.simulation.graph.nodes
         if node.name in compute or (node.op == "call_module" and str(node.target) in prepared.placement.activations)
     }
-    parts = []
+    parts, waiting = [], []
     for segment in segments(prepared.simulation, marked):
-        inside = set(segment)
+        waiting += segment  # what holds no layer, the rounding of a block's input say, goes with the next one
+        inside = set(waiting)
         own = [layer for layer in found if layer.node in inside]
         if own:
-            parts.append(_Part(segment, own))
+            parts.append(_Part(waiting, own))
+            waiting = []
     return parts
 
 

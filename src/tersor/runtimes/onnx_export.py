@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx_ir
 from torch import Tensor, nn
 
 from tersor.core.batch import Batch
@@ -61,7 +62,7 @@ def write_onnx(
         model = _from_module(candidate.module, plan, example, signature, reader)
     _strip(model)
     with disk_errors(path):
-        _save(model, path)
+        onnx_ir.save(model, str(path))
 
 
 def _static(candidate: Candidate, plan: QuantPlan, example: Batch, signature: Signature) -> Any:
@@ -158,12 +159,6 @@ def intermediate_model(path: Path, names: Sequence[str]) -> tuple[bytes, list[st
     for name in chosen:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     return model.SerializeToString(), chosen
-
-
-def _save(model: Any, path: Path) -> None:
-    import onnx_ir
-
-    onnx_ir.save(model, str(path))
 
 
 def _strip(model: Any) -> None:
