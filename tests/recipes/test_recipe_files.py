@@ -33,7 +33,16 @@ def test_every_preset_survives_the_way_through_yaml(name: str, tmp_path: Path) -
 
 
 def test_the_presets_are_the_documented_ones() -> None:
-    assert preset_names() == ["convert", "int8", "prune-recover-int8", "sparse-recover-int8"]
+    assert preset_names() == [
+        "convert",
+        "float16",
+        "int4-static",
+        "int4-weights",
+        "int8",
+        "int8-dynamic",
+        "prune-recover-int8",
+        "sparse-recover-int8",
+    ]
     assert parse_recipe(preset_text("convert")).steps == ()
     assert parse_recipe(preset_text("int8")).steps == (Static(range_method="mse"),)
     prune, recover, quantize = parse_recipe(preset_text("prune-recover-int8")).steps

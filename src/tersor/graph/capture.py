@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,7 +58,10 @@ def capture(
             "data-dependent control flow and sizes fixed in the code are the usual causes. The eager runtime "
             "needs no trace: Target('eager')"
         ) from error
-    return _flatten(program.module(), names)
+    flat = _flatten(program.module(), names)
+    del program, wrapped
+    gc.collect()  # programs hold themselves in cycles, and with them parameters that are about to be replaced
+    return flat
 
 
 def _flatten(exported: nn.Module, names: Sequence[str]) -> fx.GraphModule:
