@@ -194,9 +194,13 @@ def qat_accuracy() -> str:
         epochs = row["step"].get("schedule", {}).get("epochs", "")
         lines.append(
             f"| W{row['bits']}A{row['bits']} | {names[row['name']]} | {epochs} | {row['quantized_top1']:.2f} | "
-            f"{_drop(row, 'quantized')} | {row['processor_seconds'] / 60:.0f} |"
+            f"{_drop(row, 'quantized')} | {_minutes(row)} |"
         )
     return "\n".join(lines)
+
+
+def _minutes(row: dict[str, Any]) -> str:
+    return f"{row['processor_seconds'] / 60:.0f}" if "processor_seconds" in row else "not noted"
 
 
 def charlstm() -> str:

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2106.08295.
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -129,7 +130,9 @@ class Static(Widths, Step):
 
     def _recover(self, prepared: Prepared, batches: Batches, context: Context) -> None:
         """Rounds the weights with care, and corrects what that shifted."""
-        reference = float_reference(prepared)  # before any weight is replaced
+        if self.rounding == "nearest" and self.correction is None:
+            return
+        reference = float_reference(prepared) if self.correction is not None else None  # before weights are replaced
         if self.rounding == "gptq" or self.rounding == "obq":
             round_weights(prepared, batches, self.rounding)
         elif self.rounding != "nearest":
@@ -138,6 +141,8 @@ class Static(Widths, Step):
             reconstruct(prepared, batches, settings, lambda done, total: context.progress(self.name, done, total))
         if self.correction is not None:
             correct(prepared, batches, self.correction, reference)
+        del reference
+        gc.collect()  # graphs hold themselves in cycles, and with them the weights that were replaced
 
 
 def _rows(outputs: list[Tensor]) -> list[Tensor]:
