@@ -114,7 +114,7 @@ def _weights_of(module: nn.Module) -> dict[str, tuple[Kind, int]]:
         names = [
             name for name, _ in module.named_parameters(recurse=False) if name.startswith(("weight_ih", "weight_hh"))
         ]
-        return {} if module.proj_size else dict.fromkeys(names, ("recurrent", 0))
+        return {} if module.proj_size else {name: ("recurrent", 0) for name in names}
     if isinstance(module, nn.Embedding):
         return {"weight": ("embedding", 0)} if module.max_norm is None else {}
     if isinstance(module, _TRANSPOSED):
@@ -122,9 +122,8 @@ def _weights_of(module: nn.Module) -> dict[str, tuple[Kind, int]]:
     if isinstance(module, _STRAIGHT):
         return {"weight": ("convolution", 0)}
     if isinstance(module, nn.MultiheadAttention):
-        return {"in_proj_weight": ("linear", 0)} | dict.fromkeys(
-            ("q_proj_weight", "k_proj_weight", "v_proj_weight"), ("linear", 0)
-        )
+        projections = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return {name: ("linear", 0) for name in projections}
     if type(module).__name__ == "Conv1D":  # of transformers: [K, O]
         return {"weight": ("linear", 1)}
     return {}
