@@ -24,8 +24,8 @@ $(VENV)/.bench: pyproject.toml constraints.txt
 demo: $(VENV)/.demo ## train, compress, certify a small network on real digits; output under runs/demo
 	$(BIN)/tersor demo --out runs/demo
 
-test: $(VENV)/.dev ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(VENV)/.dev ## the tests, without the slow ones, on all cores
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
 
 test-all: $(VENV)/.dev ## all tests that this machine can run
 	$(BIN)/python -m pytest -m "not gpu"

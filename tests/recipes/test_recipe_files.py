@@ -16,7 +16,7 @@ from tersor.prune import (
     Structured,
     Unstructured,
 )
-from tersor.quantize import Static
+from tersor.quantize import Dynamic, Fallback, Half, Mixed, Qat, Static, WeightOnly
 from tersor.recipes import dump_recipe, load_recipe, parse_recipe, preset_names, preset_text, resolve, step_types
 from tersor.train import Schedule
 
@@ -82,7 +82,13 @@ def test_every_known_step_has_its_name() -> None:
         "prune.sparse_learning": SparseLearning,
         "prune.structured": Structured,
         "prune.unstructured": Unstructured,
+        "quantize.dynamic": Dynamic,
+        "quantize.fallback": Fallback,
+        "quantize.half": Half,
+        "quantize.mixed": Mixed,
+        "quantize.qat": Qat,
         "quantize.static": Static,
+        "quantize.weight_only": WeightOnly,
         "recover": Recover,
     }
 
@@ -159,5 +165,5 @@ def test_a_recipe_is_resolved_from_whatever_names_it(tmp_path: Path) -> None:
     assert resolve("int8", both) == parse_recipe(preset_text("int8"))
     assert resolve("auto", both).steps == (Static(),)
     assert resolve("auto", only_float).steps == ()
-    with pytest.raises(ConfigError, match=r"\['convert', 'int8', 'prune-recover-int8', 'sparse-.*\].*got 'int4'"):
+    with pytest.raises(ConfigError, match=r"\['convert', 'float16', .*'sparse-.*\].*got 'int4'"):
         resolve("int4", both)

@@ -92,7 +92,7 @@ def place(graph_module: fx.GraphModule, widths: Widths, style: Style) -> Placeme
             scheme = weight_scheme(width, rule.channel_axis, reduced=reduced)
             graph_module.add_submodule(path, FakeQuantize(scheme))
             weights[path] = str(weight.target)
-            _insert_after(graph_module, weight, path)
+            _insert_late(graph_module, weight, path)
     graph_module.recompile()
     return Placement(activations, weights, tuple(node.name for node in compute))
 
@@ -176,7 +176,20 @@ def _is_parameter(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _insert_after(graph_module: fx.GraphModule, node: fx.Node, path: str) -> None:
     with graph_module.graph.inserting_after(node):
-        quantizer = graph_module.graph.call_module(path, (node,))
+        _insert(graph_module, node, path)
+
+
+def _insert_late(graph_module: fx.GraphModule, node: fx.Node, path: str) -> None:
+    """Right before whoever reads `node` first: a run then holds one rounded weight at a time, not all of them."""
+    first = node.next
+    while first not in node.users:
+        first = first.next
+    with graph_module.graph.inserting_before(first):
+        _insert(graph_module, node, path)
+
+
+def _insert(graph_module: fx.GraphModule, node: fx.Node, path: str) -> None:
+    quantizer = graph_module.graph.call_module(path, (node,))
     quantizer.meta = dict(node.meta)
     node.replace_all_uses_with(quantizer, delete_user_cb=lambda user: user is not quantizer)
 
