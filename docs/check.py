@@ -208,7 +208,7 @@ def charlstm() -> str:
     contestants = _result("charlstm")["contestants"]
     lines = ["| | bits per character | loss | kB | ms |", "|---|---:|---:|---:|---:|"]
     for name, row in contestants.items():
-        if "bits_per_character" in row:
+        if "loss_bits_per_character" in row:
             time = row.get("latency_ms")
             lines.append(
                 f"| {name} | {row['bits_per_character']:.4f} | {row['loss_bits_per_character']:+.4f} | "
