@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -128,11 +129,12 @@ def test_a_shallow_model_generates_the_same_with_a_cache(build: Callable[..., nn
 @pytest.mark.parametrize("build", [gpt2, llama], ids=lambda build: build.__name__)
 def test_logits_of_one_token_at_a_time_are_those_of_all_at_once(build: Callable[..., nn.Module]) -> None:
     model, past, parts = shallow(build).model, None, []
+    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     with torch.no_grad():
         whole = model(input_ids=IDS, use_cache=False).logits
         for position in range(IDS.shape[1]):
-            answer = model(input_ids=IDS[:, position : position + 1], past_key_values=past, use_cache=True)
-            past = answer.past_key_values
+            answer = model(input_ids=IDS[:, position : position + 1], **{named: past}, use_cache=True)
+            past = getattr(answer, named)
             parts.append(answer.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
