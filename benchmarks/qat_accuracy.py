@@ -3,7 +3,8 @@
     python benchmarks/qat_accuracy.py --data DIR --out benchmarks/results/qat_accuracy.json
 
 Every row trains with the same schedule, the same order of images and the same flips and crops: `lsq` learns step sizes
-and distils from the float network, `ste` is the baseline, fixed ranges and labels only. The last step counts; nothing
+and distils from the float network, `ste` is the baseline, fixed ranges and labels only,
+`ste+kd` tells the two apart. The last step counts; nothing
 is chosen on the 10,000 test images, which each row looks at once. `static` is post-training quantization, for
 comparison. Rows that are in the result already are kept, so an interrupted run goes on.
 """
@@ -73,6 +74,9 @@ class Images(TensorDataset):
         return (cropped * self.scale + self.shift).permute(0, 3, 1, 2), labels[index]
 
 
+NAMES = ("lsq", "ste+kd", "ste")
+
+
 class Row(NamedTuple):
     """One contestant."""
 
@@ -81,7 +85,7 @@ class Row(NamedTuple):
 
 
 # Two bits without training are refused: no prediction of the network is left.
-ROWS = [Row(4, "static"), *(Row(bits, name) for bits in SCHEDULES for name in ("lsq", "ste"))]
+ROWS = [Row(4, "static"), *(Row(bits, name) for bits in SCHEDULES for name in NAMES)]
 
 
 def step_for(row: Row) -> Static | Qat:
@@ -89,8 +93,8 @@ def step_for(row: Row) -> Static | Qat:
     widths = {"weight_bits": row.bits, "activation_bits": row.bits, "samples": CALIBRATION}
     if row.name == "static":
         return Static(**widths)
-    distill = "kd" if row.name == "lsq" else None
-    return Qat(**widths, schedule=SCHEDULES[row.bits], quantizer=row.name, distill=distill)
+    distill = None if row.name == "ste" else "kd"
+    return Qat(**widths, schedule=SCHEDULES[row.bits], quantizer=row.name.removesuffix("+kd"), distill=distill)
 
 
 def right(model: nn.Module, test: Images) -> Tensor:
@@ -130,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=int, choices=sorted(SCHEDULES), help="only these")
-    parser.add_argument("--name", choices=("static", "lsq", "ste"), help="only this")
+    parser.add_argument("--name", choices=("static", *NAMES), help="only this")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train = Images(options.data / "cifar10/jpeg_train.npz", augment=True)

@@ -20,6 +20,7 @@ Each message says what was expected, what arrived, where, and what to do next::
     ├── ExportError                        a runtime could not take the model
     │   └── ParityError                    the exported model answers differently
     ├── MeasurementError                   a measuring process failed
+    ├── DistributedError                   processes that train together lost each other
     └── ArtifactError                      an artifact or output directory cannot be read or written
         ├── IntegrityError                 a file is missing, truncated or was changed
         └── OutputDirectoryError(OSError)  the output directory is taken, read-only or full
@@ -98,6 +99,10 @@ class ParityError(ExportError):
 
 class MeasurementError(TersorError):
     """A measuring process failed or was killed."""
+
+
+class DistributedError(TersorError):
+    """Processes that train together cannot reach each other, or one of them is gone."""
 
 
 class ArtifactError(TersorError):

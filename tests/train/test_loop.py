@@ -11,8 +11,7 @@ from torch.nn import functional
 from tersor.core.batch import Batch
 from tersor.core.split import Split
 from tersor.errors import NonFiniteError
-from tersor.train import Schedule, fit
-from tersor.train.loop import learning_rate
+from tersor.train import Hooks, Schedule, fit
 from zoo import normal, seeded, state_hash
 
 X = normal(96, 6)
@@ -38,7 +37,7 @@ def schedule(**fields: Any) -> Schedule:
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adamw", 0.01)])
 def test_the_loss_falls_and_the_model_learns(optimizer: str, lr: float) -> None:
     module = network()
-    losses = fit(module, SPLIT, cross_entropy, schedule=schedule(epochs=12, lr=lr, optimizer=optimizer), seed=0)
+    losses = fit(module, SPLIT, cross_entropy, schedule=schedule(epochs=12, lr=lr, optimizer=optimizer), seed=0).losses
     assert len(losses) == 12
     assert losses[-1] < 0.5 * losses[0]
     assert float((module(X).argmax(1) == Y).double().mean()) > 0.9
@@ -48,7 +47,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_happened_before() -> None:
     def trained(seed: int, disturb: int) -> tuple[str, list[float]]:
         module = network()
         torch.manual_seed(disturb)
-        losses = fit(module, SPLIT, cross_entropy, schedule=schedule(), seed=seed)
+        losses = fit(module, SPLIT, cross_entropy, schedule=schedule(), seed=seed).losses
         return state_hash(module), losses
 
     assert trained(0, disturb=1) == trained(0, disturb=2)
@@ -121,7 +120,7 @@ def test_masks_hold_in_spite_of_momentum_and_weight_decay() -> None:
 
     with torch.no_grad():
         weight.mul_(mask)
-    fit(module, SPLIT, cross_entropy, schedule=schedule(momentum=0.95), seed=0, after_step=masked)
+    fit(module, SPLIT, cross_entropy, schedule=schedule(momentum=0.95), seed=0, hooks=Hooks(after_step=masked))
     assert seen == [0] * 12
     assert (weight[~mask] == 0).all()
     assert (weight[mask] != 0).all()
@@ -139,7 +138,7 @@ def one_cycle(step: int, total: int, peak: float, warmup: float) -> float:
 @pytest.mark.parametrize("warmup", [0.01, 0.1, 0.5, 0.99])
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(total: int, warmup: float) -> None:
     settings = schedule(warmup=warmup, lr=3.0)
-    rates = [learning_rate(step, total, settings) for step in range(total)]
+    rates = [settings.learning_rate(step, total) for step in range(total)]
     assert rates == pytest.approx([one_cycle(step, total, 3.0, warmup) for step in range(total)])
     top = rates.index(max(rates))
     assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
@@ -155,7 +154,7 @@ def test_steps_are_those_of_gradient_descent_with_the_wanted_momentum(momentum: 
     settings = schedule(epochs=3, batch_size=32, momentum=momentum, weight_decay=0.01, warmup=0.3)
     module = seeded(lambda: nn.Linear(6, 2))
     weight, bias = (parameter.detach().clone().double() for parameter in module.parameters())
-    assert len(fit(module, SPLIT, cross_entropy, schedule=settings, seed=5)) == 3
+    assert fit(module, SPLIT, cross_entropy, schedule=settings, seed=5).steps == 9
     speeds, step = [torch.zeros_like(weight), torch.zeros_like(bias)], 0
     for epoch in range(3):
         for batch in SPLIT.shuffled(32, 5 * 1_000_003 + epoch):
@@ -202,7 +201,7 @@ def test_every_example_is_seen_once_an_epoch_and_progress_is_told(size: int, ste
         watching,
         schedule=schedule(batch_size=size),
         seed=0,
-        progress=lambda done, total: told.append((done, total)),
+        hooks=Hooks(progress=lambda done, total, facts: told.append((done, total))),
     )
     first, second = torch.cat(seen[:steps]), torch.cat(seen[steps:])
     assert not torch.equal(first, second)  # another order
@@ -215,10 +214,12 @@ def test_every_example_is_seen_once_an_epoch_and_progress_is_told(size: int, ste
 
 
 def test_a_last_batch_of_one_does_not_stop_batch_norm() -> None:
-    losses = fit(network(), Split("train", (X[:33], Y[:33])), cross_entropy, schedule=schedule(), seed=0)
+    losses = fit(network(), Split("train", (X[:33], Y[:33])), cross_entropy, schedule=schedule(), seed=0).losses
     assert all(math.isfinite(loss) for loss in losses)
     module, only = seeded(lambda: nn.Linear(6, 2)), Split("train", (X[:1], Y[:1]))
-    assert len(fit(module, only, cross_entropy, schedule=schedule(), seed=0)) == 2  # one example in all is trained on
+    assert (
+        len(fit(module, only, cross_entropy, schedule=schedule(), seed=0).losses) == 2
+    )  # one example in all is trained on
 
 
 def test_frozen_parameters_stay() -> None:
@@ -239,7 +240,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_steps() -> None:
         values.append(float(value.detach()))
         return value
 
-    losses: list[float] = fit(network(), SPLIT, watching, schedule=schedule(), seed=0)
+    losses = fit(network(), SPLIT, watching, schedule=schedule(), seed=0).losses
     assert losses == pytest.approx([sum(values[:6]) / 6, sum(values[6:]) / 6])
 
 
@@ -257,7 +258,6 @@ def test_what_is_called_before_and_after_a_step_sees_each_once() -> None:
         cross_entropy,
         schedule=schedule(),
         seed=0,
-        before_step=before,
-        after_step=lambda: told.append("after"),
+        hooks=Hooks(before, lambda: told.append("after")),
     )
     assert told == [entry for step in range(12) for entry in ((step, 12), "after")]

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tersor.core.batch import Batch
 from tersor.core.budget import Budget
 from tersor.core.target import Target
 from tersor.core.task import Task
 from tersor.errors import RuntimeUnavailableError
 from tersor.pipeline import Result, compress
-from tersor.train import Schedule, fit
+from tersor.train import Schedule, fit, supervised
 
 SCHEDULE = Schedule(epochs=25, lr=0.1, batch_size=64)
 
@@ -68,13 +67,7 @@ def trained_net(task: Task, seed: int = 0) -> DigitsNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DigitsNet()
-    split = task.require("train", "the demo")
-
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        assert batch.labels is not None  # noqa: S101 - digits have labels
-        return task.loss(batch.call(module), batch.labels)
-
-    fit(net, split, loss, schedule=SCHEDULE, seed=seed)
+    fit(net, task.require("train", "the demo"), supervised(task, SCHEDULE), schedule=SCHEDULE, seed=seed)
     return net
 
 

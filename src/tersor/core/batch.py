@@ -5,7 +5,7 @@ Shapes: `B` batch. Every tensor has `B` as its first dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,19 @@ LABEL_KEYS = ("labels", "label")
 
 @dataclass(frozen=True)
 class Batch:
-    """The model's arguments (positional or by keyword) and the labels, if there are any."""
+    """The model's arguments (positional or by keyword) and the labels, if there are any.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Arguments by keyword.
+        labels: One per example.
+        positions: Where the examples stand in their split, `[B]`, if they come from one.
+    """
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]
     labels: Tensor | None
+    positions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors().values())))
@@ -35,6 +43,15 @@ class Batch:
     def call(self, function: Any) -> Any:
         """Calls a module or session with the inputs."""
         return function(*self.args, **self.kwargs)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor of it put through `function`, e.g. moved to a device or cut."""
+        return Batch(
+            tuple(function(value) for value in self.args),
+            {name: function(value) for name, value in self.kwargs.items()},
+            None if self.labels is None else function(self.labels),
+            None if self.positions is None else function(self.positions),
+        )
 
     def check_finite(self, where: str) -> None:
         """Raises `NonFiniteError` if an input holds NaN or Inf; `where` names split and batch."""

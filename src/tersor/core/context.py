@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -13,11 +15,20 @@ from tersor.core.task import Task
 
 logger = logging.getLogger("tersor")
 
-Progress = Callable[[str, int, int], None]
+NO_FACTS: Mapping[str, float] = MappingProxyType({})
+
+
+class Progress(Protocol):
+    """Shows how far work is: `(label, done, total)`, and facts such as the loss."""
+
+    def __call__(self, label: str, done: int, total: int, facts: Mapping[str, float] = NO_FACTS, /) -> None:
+        """Called as work goes on."""
+
+
 Distance = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def _silent(label: str, done: int, total: int) -> None:
+def _silent(label: str, done: int, total: int, facts: Mapping[str, float] = NO_FACTS, /) -> None:
     """Shows nothing."""
 
 
@@ -30,7 +41,7 @@ class Context:
         target: Where the result will run.
         original: A frozen copy of the caller's model: teacher and reference.
         seed: Fixes every random choice of the run.
-        progress: `(label, done, total)`, called as work goes on.
+        progress: Shows how far work is.
         losses: Distillation losses by name, `(outputs, original's outputs, temperature) -> scalar`, for steps that
             train but may not import `distill`.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -105,7 +106,11 @@ class Split:
     def batch(self, positions: Sequence[int] | np.ndarray[Any, Any]) -> Batch:
         """The examples at these positions of the split, collated."""
         where = f"split {self.name!r}"
-        chosen = self.indices[np.asarray(positions, dtype=np.int64)]
+        positions = np.asarray(positions, dtype=np.int64)
+        batch = self._collated(self.indices[positions], where)
+        return replace(batch, positions=torch.from_numpy(positions.copy()))
+
+    def _collated(self, chosen: np.ndarray[Any, Any], where: str) -> Batch:
         if self.collate is None and isinstance(self.dataset, TensorDataset | _Columns):
             return as_batch(self.dataset[torch.from_numpy(chosen)], where)
         items = [self.dataset[int(index)] for index in chosen]

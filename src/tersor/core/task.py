@@ -23,6 +23,7 @@ Role = Literal["train", "calibrate", "search", "certify", "report"]
 ROLES: tuple[Role, ...] = ("train", "calibrate", "search", "certify", "report")
 DEFAULT_FRACTIONS: dict[str, float] = {"train": 0.5, "search": 0.1, "certify": 0.3, "report": 0.1}
 DEFAULT_CALIBRATION = 300
+IGNORED = -100  # a label that the default loss leaves out, as PyTorch does: behind the end of a sequence
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -154,6 +155,18 @@ class Task:
         split = next(self.splits[role] for role in ("calibrate", "train", *ROLES) if role in self.splits)
         return split.batch(np.arange(size) % len(split))
 
+    def smoothed_loss(self, outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """The loss, with a share `smoothing` of every label given to all classes alike.
+
+        Raises:
+            ConfigError: if there is something to smooth and the loss is not the default cross-entropy.
+        """
+        if not smoothing:
+            return self.loss(outputs, labels)
+        if self.loss is not _cross_entropy:
+            raise ConfigError("label_smoothing changes the default cross-entropy; a loss of your own must do it itself")
+        return _cross_entropy(outputs, labels, smoothing)
+
     def fingerprint(self) -> dict[str, str]:
         """What identifies the data and the metric of a run."""
         return {"metric": self.metric.name, "output": repr(self.output)} | {
@@ -188,11 +201,13 @@ def _sample(split: Split, size: int, seed: int) -> Split:
     return Split("calibrate", split.dataset, indices=cast("Any", split.indices[chosen]), collate=split.collate)
 
 
-def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     if labels.is_floating_point():
         raise ConfigError("the default loss is cross-entropy on class labels; pass Task(loss=...) for other labels")
     classes = outputs.shape[-1]
-    if bool(((labels < 0) | (labels >= classes)).any()):
-        bad = int(labels[(labels < 0) | (labels >= classes)].flatten()[0])
-        raise DataError(f"training labels must be in 0..{classes - 1}, got {bad}")
-    return functional.cross_entropy(outputs.flatten(0, -2), torch.as_tensor(labels).flatten())
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED)
+    if bool(wrong.any()):
+        raise DataError(f"training labels must be in 0..{classes - 1}, got {int(labels[wrong].flatten()[0])}")
+    return functional.cross_entropy(
+        outputs.flatten(0, -2), torch.as_tensor(labels).flatten(), ignore_index=IGNORED, label_smoothing=smoothing
+    )

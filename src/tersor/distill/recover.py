@@ -7,6 +7,7 @@ https://arxiv.org/abs/1503.02531.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from tersor.core.context import Context
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role
 from tersor.distill import losses
-from tersor.train import Schedule, fit
+from tersor.train import Hooks, Schedule, fit
 
 
 class Recover(Step):
@@ -70,8 +71,10 @@ class Recover(Step):
             loss,
             schedule=self.schedule,
             seed=context.seed,
-            after_step=lambda: apply_masks(fresh.module, fresh.masks),
-            progress=lambda done, total: context.progress(self.name, done, total),
-        )
+            hooks=Hooks(
+                after_step=lambda: apply_masks(fresh.module, fresh.masks),
+                progress=partial(context.progress, self.name),
+            ),
+        ).losses
         notes = [f"loss by epoch: {', '.join(f'{value:.4f}' for value in trace)}"]
         return fresh.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tersor.core.batch import Batch, select_output
+from tersor.core.batch import Batch
 from tersor.core.candidate import Candidate, apply_masks
 from tersor.core.context import Context
 from tersor.core.split import Split
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role
-from tersor.errors import ConfigError, DataError
+from tersor.errors import ConfigError
 from tersor.probe import Evidence
 from tersor.prune.masks import check, sparsity_of
 from tersor.prune.measured import measured_on
@@ -27,7 +28,7 @@ from tersor.prune.schedule import SparsitySchedule
 from tersor.prune.selection import install, select
 from tersor.prune.sparsity import Allocation, CriterionName, PatternName, Share, Sparsity
 from tersor.prune.unstructured import NO_SPEED_UP
-from tersor.train import Schedule, fit
+from tersor.train import Hooks, Schedule, fit, supervised
 
 Measure = Callable[[nn.Module], Mapping[str, Evidence]]
 
@@ -41,23 +42,19 @@ class Training:
         loss: `(module, batch) -> scalar`: the task's, or a distillation loss, or both.
         schedule: Epochs, batch size, optimizer, learning rate.
         seed: Fixes the order of the examples.
-        progress: `(steps done, steps in all)` of one training.
+        progress: `(steps done, steps in all, facts)` of one training.
     """
 
     split: Split
     loss: Callable[[nn.Module, Batch], Tensor]
     schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
-    progress: Callable[[int, int], None] | None = None
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of one training, as `tersor.train.fit` counts them."""
-        size, examples = self.schedule.batch_size, len(self.split)
-        per_epoch = -(-examples // size)
-        if size > 1 and per_epoch > 1 and examples % size == 1:
-            per_epoch -= 1
-        return self.schedule.epochs * per_epoch
+        """Optimizer steps of one training."""
+        return self.schedule.total_steps(len(self.split))
 
     def run(self, module: nn.Module, after_step: Callable[[], None]) -> list[float]:
         """Trains `module` in place; the mean loss of each epoch."""
@@ -67,9 +64,8 @@ class Training:
             self.loss,
             schedule=self.schedule,
             seed=self.seed,
-            after_step=after_step,
-            progress=self.progress,
-        )
+            hooks=Hooks(after_step=after_step, progress=self.progress),
+        ).losses
 
 
 @dataclass
@@ -154,28 +150,14 @@ def growing(settings: Sparsity) -> float:
     return settings.share
 
 
-def task_loss(context: Context, who: str) -> Callable[[nn.Module, Batch], Tensor]:
-    """The task's own loss, as training takes it."""
-
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        if batch.labels is None:
-            raise DataError(
-                f"{who} trains with the task's loss, but the 'train' split has no labels; add them, or leave it out: "
-                "prune step by step, with recover in between, which learns from the original model"
-            )
-        return context.task.loss(select_output(batch.call(module), context.task.output), batch.labels)
-
-    return loss
-
-
 def training_of(context: Context, who: str, schedule: Schedule) -> Training:
     """Training on the task's train split with the task's loss, as steps do it."""
     return Training(
         context.task.require("train", who),
-        task_loss(context, who),
+        supervised(context.task, schedule),
         schedule,
         context.seed,
-        lambda done, total: context.progress(who, done, total),
+        partial(context.progress, who),
     )
 
 

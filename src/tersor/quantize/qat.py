@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
@@ -28,7 +29,7 @@ from tersor.quantize.residual import spare_residuals
 from tersor.quantize.static import cautions, summary
 from tersor.quantize.student import Grid, Student, deployed, install
 from tersor.quantize.widths import Widths
-from tersor.train import Schedule, fit
+from tersor.train import Hooks, Schedule, blended, fit, hard_loss
 
 
 class Qat(Widths, Step):
@@ -142,30 +143,29 @@ class Qat(Widths, Step):
         distance = None if self.distill is None else context.losses[self.distill]
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
-            outputs: Tensor = module(*input_tensors(batch))
+            blend = blended(batch, self.schedule)
+            outputs: Tensor = module(*input_tensors(blend.batch))
             if distance is None:
-                assert batch.labels is not None  # noqa: S101 - checked at the start
-                return task.loss(outputs, batch.labels)
+                return hard_loss(outputs, blend, task, self.schedule)
             with torch.no_grad():
-                expected = select_output(batch.call(context.original), task.output)
+                expected = select_output(blend.batch.call(context.original), task.output)
             soft = distance(outputs, expected, self.temperature)
             if batch.labels is None or self.alpha == 1:
                 return soft
-            return self.alpha * soft + (1 - self.alpha) * task.loss(outputs, batch.labels)
+            return self.alpha * soft + (1 - self.alpha) * hard_loss(outputs, blend, task, self.schedule)
 
         def before_step(step: int, total: int) -> None:
             student.before_step(step, total, frozen_from=total - round(self.freeze_batchnorm * total))
 
+        hooks = Hooks(before_step, student.after_step, progress=partial(context.progress, self.name))
         return fit(
             student.graph.requires_grad_(True),
             task.require("train", self.name),
             loss,
             schedule=self.schedule,
             seed=context.seed,
-            before_step=before_step,
-            after_step=student.after_step,
-            progress=lambda done, total: context.progress(self.name, done, total),
-        )
+            hooks=hooks,
+        ).losses
 
 
 def _planned(prepared: Prepared, candidate: Candidate) -> dict[str, Grid]:

@@ -1,5 +1,21 @@
-"""The one training loop."""
+"""The one training loop, from one core to several machines."""
 
-from tersor.train.loop import Schedule, fit
+from tersor.train.checkpoint import Checkpoints
+from tersor.train.hooks import BatchLoss, Hooks, Stateful
+from tersor.train.loop import Trained, fit
+from tersor.train.schedule import Schedule
+from tersor.train.supervised import Blend, blended, hard_loss, supervised
 
-__all__ = ["Schedule", "fit"]
+__all__ = [
+    "BatchLoss",
+    "Blend",
+    "Checkpoints",
+    "Hooks",
+    "Schedule",
+    "Stateful",
+    "Trained",
+    "blended",
+    "fit",
+    "hard_loss",
+    "supervised",
+]
