@@ -145,14 +145,14 @@ def onnxruntime_static(net: nn.Module, data: Path, *, four: bool) -> Answer:
 
 
 def brevitas(net: nn.Module, data: Path, *, weights: int, activations: int, gptq: bool) -> Answer:
-    """Brevitas' own post-training flow: float scales, unsigned activations behind ReLU, GPTQ, bias correction."""
+    """Brevitas' own post-training flow: unsigned activations behind ReLU, float biases, GPTQ, bias correction."""
     from brevitas.graph.quantize import preprocess_for_quantize
     from brevitas_examples.imagenet_classification.ptq import ptq_common as flow
 
     loader = [(part, torch.zeros(len(part), dtype=torch.long)) for part in batches(data)]
     model = preprocess_for_quantize(copy.deepcopy(net).eval(), trace_model=True)
     model = flow.quantize_model(
-        model, "fx", weight_bit_width=weights, act_bit_width=activations, bias_bit_width=32,
+        model, "fx", weight_bit_width=weights, act_bit_width=activations, bias_bit_width=None,
         weight_quant_granularity="per_channel", act_quant_percentile=99.99, act_quant_type="asym",
         scale_factor_type="float_scale", quant_format="int", weight_param_method="mse", act_param_method="mse",
         layerwise_first_last_bit_width=8,
@@ -160,6 +160,9 @@ def brevitas(net: nn.Module, data: Path, *, weights: int, activations: int, gptq
     flow.calibrate(loader, model)
     if gptq:
         flow.apply_gptq(loader, model)
+    for module in model.modules():  # the shortcuts slice their input, which its own kind of tensor does not allow
+        if hasattr(module, "return_quant_tensor"):
+            module.return_quant_tensor = False
     flow.apply_bias_correction(loader, model)
     return model.eval()
 

@@ -185,7 +185,7 @@ def _interval(row: dict[str, Any]) -> str:
 def qat_accuracy() -> str:
     """ResNet-20 at few bits, after training and trained."""
     result = _result("qat_accuracy")
-    names = {"static": "post-training", "lsq": "learned steps, distillation", "ste": "fixed ranges, labels"}
+    names = {"static": "post-training", "lsq": "learned steps, distillation", "ste+kd": "fixed ranges, distillation", "ste": "fixed ranges, labels"}
     lines = [
         f"| bits | | epochs | top-1 (float {result['float_top1']:.2f}) | drop | processor minutes |",
         "|---|---|---:|---:|---|---:|",

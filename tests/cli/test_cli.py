@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,44 +15,10 @@ import yaml
 from safetensors.torch import save_file
 
 import tersor
-from tersor.cli import main
+from cli.commands import Command
 from tersor.recipes import load_recipe, parse_recipe, preset_names, preset_text
 
-
-class Said(NamedTuple):
-    """What a command left: its exit code and both outputs."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], problem: Any) -> Iterator[Command]:
-    """`tersor …` in this process, in the directory of the problem's module."""
-    logger = logging.getLogger("tersor")
-    level, modules = logger.level, set(sys.modules)
-    monkeypatch.chdir(problem.directory)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["tersor", *(str(argument) for argument in arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Said(code, *capfd.readouterr())
-
-    yield run
-    logger.setLevel(level)
-    for name in set(sys.modules) - modules:
-        if name in ("problem", "odd"):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("in_problem")
 
 
 def compress_arguments(out: Path, **changed: object) -> list[object]:

@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from cli.commands import Command
 from hf import tiny
-from tersor.cli import main
 from tersor.cli.loading import load_candidate
 from tersor.core.artifact import verify
 from tersor.core.surgery import Surgery
 from tersor.prune import write_pruned
-
-
-class Said(NamedTuple):
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
-    """`tersor …` in this process."""
-    logger = logging.getLogger("tersor")
-    level = logger.level
-
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["tersor", *(str(argument) for argument in arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Said(code, *capfd.readouterr())
-
-    yield run
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +36,7 @@ def arguments(place: Path, out: Path, **changed: object) -> list[object]:
 
 
 @pytest.mark.usefixtures("quick_latency")
-def test_compress_takes_a_directory_and_files_of_sentences(
-    command: Callable[..., Said], place: Path, tmp_path: Path
-) -> None:
+def test_compress_takes_a_directory_and_files_of_sentences(command: Command, place: Path, tmp_path: Path) -> None:
     said = command(*arguments(place, tmp_path / "run"), "--json")
     assert said.code == 0, said.err
     report = json.loads(said.out)
@@ -81,7 +47,7 @@ def test_compress_takes_a_directory_and_files_of_sentences(
     assert "tokenizer/tokenizer.json" in manifest.files
 
 
-def test_a_dry_run_shows_inputs_and_splits(command: Callable[..., Said], place: Path, tmp_path: Path) -> None:
+def test_a_dry_run_shows_inputs_and_splits(command: Command, place: Path, tmp_path: Path) -> None:
     said = command(*arguments(place, tmp_path / "run"), "--dry-run")
     assert said.code == 0, said.err
     plan = json.loads(said.out)
@@ -113,7 +79,7 @@ def test_weights_may_be_a_pruned_model(place: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_said(
-    command: Callable[..., Said], place: Path, tmp_path: Path, changed: dict[str, str | None], code: int, message: str
+    command: Command, place: Path, tmp_path: Path, changed: dict[str, str | None], code: int, message: str
 ) -> None:
     (place / "bad.tsv").write_text("w1 w2\t1\nw3\t2\n")
     filled = {name: value if value is None else value.format(place=place) for name, value in changed.items()}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tersor
-from tersor.cli import main
+from cli.commands import Command, Said
 from tersor.core.artifact import parse_surgeries
-
-
-class Said(NamedTuple):
-    """What the command left: its exit code and both outputs."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
 
 TEXT = """
 import tersor, torch
@@ -53,27 +41,13 @@ def task():
 
 
 @pytest.fixture
-def prune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], problem: Any) -> Iterator[Command]:
-    """`tersor prune …` in this process, in the directory of the problem's module."""
-    modules = set(sys.modules)
-    monkeypatch.chdir(problem.directory)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def prune(command: Command, in_problem: None) -> Command:
+    """`tersor prune …` in the directory of the problem's module."""
 
     def run(*options: object, model: str = "problem:trained", task: str = "problem:small_task") -> Said:
-        arguments = ["tersor", "prune", "--model", model, "--task", task, *(str(option) for option in options)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Said(code, *capfd.readouterr())
+        return command("prune", "--model", model, "--task", task, *options)
 
-    yield run
-    for name in set(sys.modules) - modules:
-        if name in ("problem", "tied"):
-            del sys.modules[name]
+    return run
 
 
 def rebuilt(module: nn.Module, directory: Path) -> nn.Module:
@@ -193,20 +167,13 @@ def test_a_crash_while_writing_leaves_nothing(prune: Command, tmp_path: Path, mo
 
 
 @pytest.fixture
-def compressed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], quick_latency: None) -> Command:
+def compressed(command: Command, quick_latency: None) -> Command:
     """`tersor compress …` of the problem, without a certificate."""
 
     def run(*options: object) -> Said:
-        arguments = ["tersor", "compress", "--model", "problem:build", "--task", "problem:small_task", "--json"]
+        arguments = ["compress", "--model", "problem:build", "--task", "problem:small_task", "--json"]
         arguments += ["--max-drop", "0.5", "--rounds", "1", "--threads", "1", "--recipe", "convert"]
-        monkeypatch.setattr(sys, "argv", [*arguments, *(str(option) for option in options)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Said(code, *capfd.readouterr())
+        return command(*arguments, *options)
 
     return run
 

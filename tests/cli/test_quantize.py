@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
-from tersor.cli import main
-
-
-class Said(NamedTuple):
-    """What the command left: its exit code and both outputs."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
+from cli.commands import Command, Said
 
 
 @pytest.fixture
-def quantize(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], problem: Any) -> Iterator[Command]:
-    """`tersor quantize …` in this process, in the directory of the problem's module."""
-    modules = set(sys.modules)
-    monkeypatch.chdir(problem.directory)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def quantize(command: Command, in_problem: None) -> Command:
+    """`tersor quantize …` in the directory of the problem's module."""
 
     def run(*options: object) -> Said:
-        arguments = ["tersor", "quantize", "--model", "problem:trained", "--task", "problem:small_task"]
-        monkeypatch.setattr(sys, "argv", [*arguments, "--threads", "1", *(str(option) for option in options)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Said(code, *capfd.readouterr())
+        return command(
+            "quantize", "--model", "problem:trained", "--task", "problem:small_task", "--threads", 1, *options
+        )
 
-    yield run
-    for name in set(sys.modules) - modules:
-        if name == "problem":
-            del sys.modules[name]
+    return run
 
 
 def test_sensitivity_is_a_ranked_table_or_json(quantize: Command) -> None:

@@ -508,7 +508,7 @@ def test_labels_of_a_regression_are_welcome(problem: Any, tmp_path: Path) -> Non
         metric=Metric("within", within, bounds=(0.0, 1.0)),
         loss=lambda outputs, labels: (outputs[:, 0] - labels).square().mean(),
     )  # fmt: skip
-    recipe = tersor.Recipe([Unstructured(sparsity=0.1), Recover(loss="mse", alpha=0.5)])
+    recipe = tersor.Recipe([Unstructured(sparsity=0.1), Recover(losses="mse")])
     result = tersor.compress(net, task, out=tmp_path / "run", budget=BUDGET, target=EAGER, recipe=recipe)
     assert result.certified
     assert result.report.certificate is not None

@@ -288,7 +288,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "model": ("model", lambda problem: {"model": changed_model(problem)}),
     "seed": ("seed", lambda problem: {"seed": 1}),
     "recipe": ("recipe", lambda problem: {"recipe": tersor.Recipe([Unstructured(sparsity=0.4)])}),
-    "step settings": ("recipe", lambda problem: {"recipe": tersor.Recipe([RECIPE.steps[0], Recover(alpha=0.5)])}),
+    "step settings": ("recipe", lambda problem: {"recipe": tersor.Recipe([RECIPE.steps[0], Recover(losses="kd")])}),
     "budget": ("budget", lambda problem: {"budget": BUDGET.model_copy(update={"max_drop": 0.06})}),
     "target": ("target", lambda problem: {"target": tersor.Target("eager", threads=1, batch=2)}),
     "metric": ("task", lambda problem: {"task": problem.small_task(metric="f1")}),

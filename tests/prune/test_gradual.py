@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from tersor.prune import (
 )
 from tersor.prune.masks import check, sparsity_of
 from tersor.train import Schedule
+from tersor.train.checkpoint import Keeper
 from zoo import CNN_DATA, Cnn, Mlp, context_for, integers, normal, seeded, state_hash
 
 X, Y = normal(97, 12), integers(4, 97)
@@ -49,11 +51,11 @@ def labelled(**fields: Any) -> Context:
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(97, 16), (96, 16), (97, 1), (3, 16), (1, 16), (17, 16)])
 def test_steps_are_counted_as_training_counts_them(examples: int, batch_size: int) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[Any, ...]] = []
     schedule = Schedule(epochs=2, batch_size=batch_size, lr=1e-6)
     plan = training(split=Split("train", (X[:examples], Y[:examples])), schedule=schedule)
     replace(plan, progress=lambda *what: told.append(what)).run(seeded(Mlp), lambda: None)
-    assert told[-1] == (plan.steps, plan.steps)
+    assert told[-1][:2] == (plan.steps, plan.steps)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -207,3 +209,33 @@ def test_the_ticket_step_is_deterministic() -> None:
     done, again = (step.apply(Candidate(seeded(Cnn)), labelled()) for _ in range(2))
     assert state_hash(done.module) == state_hash(again.module)
     assert done.history[-1].name == "prune.lottery_ticket"
+
+
+class Interrupted(Exception):
+    """Stands for a kill between two steps."""
+
+
+def interrupted_at(step: int, context: Context) -> Context:
+    def progress(label: str, done: int, total: int, facts: Any = None) -> None:
+        if done == step:
+            raise Interrupted
+
+    return replace(context, progress=progress)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_an_interrupted_training_goes_on_with_its_masks(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Keeper, "due", lambda self, step: True)
+    plan = Gradual(sparsity=0.8, schedule=SHORT, criterion="l1")
+    whole = plan.apply(Candidate(seeded(Cnn)), labelled())
+    kept = replace(labelled(), directory=tmp_path)
+    with pytest.raises(Interrupted):
+        plan.apply(Candidate(seeded(Cnn)), interrupted_at(step, kept))
+    told: list[int] = []
+    watched = replace(kept, progress=lambda label, done, total, facts=None: told.append(done))
+    done = plan.apply(Candidate(seeded(Cnn)), watched)
+    assert told == list(range(step, 10))
+    assert state_hash(done.module) == state_hash(whole.module)
+    assert all(torch.equal(mask, whole.masks[path]) for path, mask in done.masks.items())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.distill import losses
+from tersor.distill import distances
 from tersor.errors import ConfigError, NonFiniteError, UnsupportedError
 from tersor.quantize import QuantizedModel
 from tersor.train import Schedule
@@ -57,7 +57,7 @@ def test_training_takes_a_loss_from_outside() -> None:
     module = seeded(Mlp)
     task = tersor.Task(train=(MLP_DATA, integers(4, 48)))
     found = tersor.quantize.qat(
-        module, task, distillation=losses.kd, weight_bits=4, schedule=Schedule(epochs=1, batch_size=16)
+        module, task, distillation=distances()["kd"], weight_bits=4, schedule=Schedule(epochs=1, batch_size=16)
     )
     assert found.plan.mode == "static"
     with torch.no_grad():

@@ -19,7 +19,7 @@ from tersor.core.candidate import Candidate, frozen_copy
 from tersor.core.context import Context, Distance
 from tersor.core.target import Target
 from tersor.core.task import Task
-from tersor.distill.losses import kd
+from tersor.distill import distances
 from tersor.errors import ConfigError, DataError, IntegrityError, OrderError, UnsupportedError
 from tersor.pipeline.compress import run_recipe
 from tersor.pipeline.plan import make_plan
@@ -30,6 +30,7 @@ from tersor.quantize.learned import LearnedStep
 from tersor.quantize.student import Student
 from tersor.recipes import dump_recipe, parse_recipe
 from tersor.train import Schedule, fit
+from tersor.train.checkpoint import Keeper
 from zoo import (
     CNN_DATA,
     MLP_DATA,
@@ -52,7 +53,7 @@ from zoo import (
 
 SHORT = Schedule(epochs=2, batch_size=16, lr=0.02)
 LABELS = integers(5, 48)
-LOSSES: Mapping[str, Distance] = {"kd": kd}
+LOSSES: Mapping[str, Distance] = distances()
 METHODS = ["lsq", "lsq+", "pact", "ste"]
 STEP = import_module("tersor.quantize.qat")  # the package has a function of that name
 
@@ -449,3 +450,31 @@ def test_what_is_missing_is_named() -> None:
 def test_it_does_not_follow_another_quantization() -> None:
     with pytest.raises(OrderError, match="starts from float weights"):
         tersor.Recipe([Static(), Qat()])
+
+
+class Interrupted(Exception):
+    """Stands for a kill between two steps."""
+
+
+@pytest.mark.parametrize("quantizer", ["lsq+", "ste"])
+def test_an_interrupted_training_goes_on_in_its_stage(
+    quantizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Keeper, "due", lambda self, step: True)
+    step = Qat(quantizer=quantizer, weight_bits=4, gradual=(8, 6), schedule=SHORT, freeze_batchnorm=0.5)
+    module, found = cnn()
+    whole = step.apply(Candidate(module), found)
+    for stop in (2, 5):
+
+        def stopping(label: str, done: int, total: int, facts: Any = None, stop: int = stop) -> None:
+            if done == stop:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            step.apply(Candidate(module), replace(found, directory=tmp_path, progress=stopping))
+    told: list[int] = []
+    watched = replace(found, directory=tmp_path, progress=lambda label, done, total, facts=None: told.append(done))
+    done = step.apply(Candidate(module), watched)
+    assert told == [5, 6]
+    assert state_hash(done.module) == state_hash(whole.module)
+    assert done.plan == whole.plan

@@ -114,6 +114,42 @@ def test_every_range_method_works_and_is_noted(method: str) -> None:
     assert candidate.history[-1].settings["range_method"] == method
 
 
+def test_the_record_tells_the_bits_of_every_layer() -> None:
+    module = seeded(Cnn)
+    context = context_for(module, CNN_DATA)
+    done = quantized(module, context, weight_bits=4, activation_bits=6, overrides={"block.*": 32})
+    (step,) = done.history
+    assert step.quantization is not None
+    record = step.quantization
+    assert [(layer.name, layer.weight_bits, layer.activation_bits) for layer in record.layers] == [
+        ("stem", 8, 8), ("block.0", 32, None), ("head", 8, 8),
+    ]  # fmt: skip
+    assert (record.measure, record.widths, record.layers[0].losses) == (None, [], [])
+    plan = done.plan
+    assert plan is not None
+    widths = {tensor.module: tensor.scheme.bits for tensor in plan.weights.values()}
+    assert {layer.name: layer.weight_bits for layer in record.layers if layer.weight_bits < 32} == widths
+    for layer in record.layers:
+        assert layer.parameters == module.get_submodule(layer.name).get_parameter("weight").numel()
+        assert layer.macs > 0
+    narrow = quantized(module, context, weight_bits=4, activation_bits=6).history[-1].quantization
+    assert narrow is not None
+    assert [(layer.weight_bits, layer.activation_bits) for layer in narrow.layers] == [(8, 8), (4, 6), (8, 8)]
+
+
+def test_tables_and_shared_weights_are_recorded_once() -> None:
+    module = seeded(Transformer)
+    context = context_for(module, TEXT_DATA, Target(threads=1, dynamic=TEXT_DYNAMIC), output="logits")
+    record = quantized(module, context, weight_bits=4).history[-1].quantization
+    assert record is not None
+    rows = {layer.name: layer for layer in record.layers}
+    assert len(rows) == len(record.layers)
+    assert sum(layer.parameters for layer in record.layers) <= sum(value.numel() for value in module.parameters())
+    tables = [layer for layer in record.layers if isinstance(module.get_submodule(layer.name), nn.Embedding)]
+    assert tables
+    assert {layer.weight_bits for layer in tables} == {8}
+
+
 def test_minmax_ranges_are_those_of_the_values() -> None:
     module = seeded(Mlp)
     candidate = quantized(module, context_for(module, MLP_DATA), range_method="minmax")

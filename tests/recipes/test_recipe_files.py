@@ -116,7 +116,7 @@ def test_a_step_without_settings_may_be_only_its_name() -> None:
         ("steps: [5]", "step 1: expected one 'name: settings', got 5"),
         ("steps: [{recover: {}, quantize.static: {}}]", "step 1: expected one 'name: settings'"),
         ("steps: [{recover: 3}]", r"step 1 \(recover\): settings must be a mapping .*got 3"),
-        ("steps: [{recover: [alpha]}]", r"step 1 \(recover\): settings must be a mapping"),
+        ("steps: [{recover: [losses]}]", r"step 1 \(recover\): settings must be a mapping"),
         ("steps: [{recover: {1: 2}}]", r"step 1 \(recover\): settings must be a mapping"),
         ("steps: [recover, {prune.unstructured: {sparsity: 2}}]", r"step 2: Unstructured\.sparsity.*got 2"),
         ("steps: [{prune.structured: {amount: 1}}]", r"step 1: Structured\.amount.*got 1"),

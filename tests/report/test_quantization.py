@@ -64,6 +64,8 @@ def test_layers_that_were_not_measured_come_last_and_have_no_loss() -> None:
     page = Page(render_html(report_of(plain)))
     assert "8.00 bits per weight on average over 1 layers" in page.words
     assert "Sensitivity" not in page.words
+    assert "most sensitive" not in page.words
+    assert "In the order of the model." in page.words
 
 
 def test_hundreds_of_layers_and_impossible_losses_are_drawn() -> None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tersor.cli.demo import run_demo
+from tersor.cli.distill import distill_command
 from tersor.cli.loading import Weights, load_candidate, load_task
 from tersor.cli.prune import prune_command
 from tersor.cli.quantize import quantize_command
@@ -53,6 +54,7 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.command("prune")(prune_command)
 app.command("quantize")(quantize_command)
+app.command("distill")(distill_command)
 
 CORES = os.cpu_count() or 1
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.quantization import QuantPlan
-from tersor.core.report import Pruning, StepRecord
+from tersor.core.report import Pruning, QuantizationRecord, StepRecord
 from tersor.core.surgery import Surgery
 from tersor.errors import NonFiniteError
 
@@ -70,9 +70,17 @@ class Candidate:
         seconds: float,
         notes: list[str],
         pruning: Pruning | None = None,
+        quantization: QuantizationRecord | None = None,
     ) -> Candidate:
         """The same candidate with one more entry in its history."""
-        entry = StepRecord(name=name, settings=dict(settings), seconds=seconds, notes=notes, pruning=pruning)
+        entry = StepRecord(
+            name=name,
+            settings=dict(settings),
+            seconds=seconds,
+            notes=notes,
+            pruning=pruning,
+            quantization=quantization,
+        )
         return replace(self, history=(*self.history, entry))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
@@ -42,6 +43,8 @@ class Context:
         original: A frozen copy of the caller's model: teacher and reference.
         seed: Fixes every random choice of the run.
         progress: Shows how far work is.
+        directory: Where a step may keep what it needs to go on after an interruption; None if nothing is kept. It is
+            gone once the step is done.
         losses: Distillation losses by name, `(outputs, original's outputs, temperature) -> scalar`, for steps that
             train but may not import `distill`.
     """
@@ -51,4 +54,5 @@ class Context:
     original: nn.Module
     seed: int = 0
     progress: Progress = field(default=_silent)
+    directory: Path | None = None
     losses: Mapping[str, Distance] = field(default_factory=dict)

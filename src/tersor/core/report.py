@@ -189,7 +189,7 @@ class StepRecord(Config):
     seconds: float
     notes: list[str] = Field(default_factory=list)
     pruning: Pruning | None = Field(default=None, description="of steps that remove whole units")
-    quantization: QuantizationRecord | None = Field(default=None, description="of steps that choose widths")
+    quantization: QuantizationRecord | None = Field(default=None, description="of steps that round layer by layer")
 
 
 class Report(Config):

@@ -22,6 +22,7 @@ class Step(Config):
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
+    rebuilds: ClassVar[bool] = False  # whether `resume` can build the simulation of a quantized candidate anew
 
     @property
     def needs(self) -> frozenset[Role]:
@@ -32,6 +33,13 @@ class Step(Config):
     def precision(self) -> str | None:
         """Number format that the target must support, None for any."""
         return None
+
+    def check(self, context: Context) -> None:
+        """Refuses, before any step of a recipe has done work, what could not be done later."""
+
+    def resume(self, candidate: Candidate, context: Context) -> Candidate:
+        """What `apply` left, from what was kept of it on disk: everything but the simulation."""
+        return candidate
 
     @abstractmethod
     def apply(self, candidate: Candidate, context: Context) -> Candidate:

@@ -155,17 +155,15 @@ class Task:
         split = next(self.splits[role] for role in ("calibrate", "train", *ROLES) if role in self.splits)
         return split.batch(np.arange(size) % len(split))
 
-    def smoothed_loss(self, outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        """The loss, with a share `smoothing` of every label given to all classes alike.
-
-        Raises:
-            ConfigError: if there is something to smooth and the loss is not the default cross-entropy.
-        """
-        if not smoothing:
-            return self.loss(outputs, labels)
-        if self.loss is not _cross_entropy:
+    def check_smoothing(self, smoothing: float) -> None:
+        """Raises `ConfigError` if there is something to smooth and the loss is not the default cross-entropy."""
+        if smoothing and self.loss is not _cross_entropy:
             raise ConfigError("label_smoothing changes the default cross-entropy; a loss of your own must do it itself")
-        return _cross_entropy(outputs, labels, smoothing)
+
+    def smoothed_loss(self, outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """The loss, with a share `smoothing` of every label given to all classes alike; see `check_smoothing`."""
+        self.check_smoothing(smoothing)
+        return _cross_entropy(outputs, labels, smoothing) if smoothing else self.loss(outputs, labels)
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies the data and the metric of a run."""

@@ -1,5 +1,11 @@
-"""Distillation: losses and the recovery step that trains with them."""
+"""Distillation: losses, students, and training with a teacher."""
 
+from tersor.distill.distances import distances
+from tersor.distill.ensemble import Ensemble
+from tersor.distill.mutual import mutual
 from tersor.distill.recover import Recover
+from tersor.distill.shallow_step import EveryKth
+from tersor.distill.terms import Term
+from tersor.distill.train import Distilled, train
 
-__all__ = ["Recover"]
+__all__ = ["Distilled", "Ensemble", "EveryKth", "Recover", "Term", "distances", "mutual", "train"]

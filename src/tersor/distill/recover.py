@@ -1,7 +1,6 @@
-"""Recovery fine-tuning with knowledge distillation from the original model.
+"""Recovery training: a compressed model learns to answer like the original again.
 
-``loss = alpha · distillation(student, original) + (1 − alpha) · task loss``. Hinton et al. 2015,
-https://arxiv.org/abs/1503.02531.
+Hinton et al. 2015, https://arxiv.org/abs/1503.02531.
 """
 
 from __future__ import annotations
@@ -10,71 +9,72 @@ import time
 from functools import partial
 from typing import ClassVar
 
-import torch
-from pydantic import Field, field_validator
-from torch import Tensor, nn
+from pydantic import Field
 
-from tersor.core.batch import Batch, select_output
 from tersor.core.candidate import Candidate, apply_masks
 from tersor.core.context import Context
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role
-from tersor.distill import losses
-from tersor.train import Hooks, Schedule, fit
+from tersor.distill.objective import Objective, check_examples
+from tersor.distill.terms import Losses
+from tersor.errors import ConfigError
+from tersor.train import Checkpoints, Hooks, Schedule, evaluation, fit
 
 
-class Recover(Step):
-    """Trains the candidate to answer like the original again; masks keep holding.
+class Recover(Losses, Step):
+    """Trains the candidate with the original as its teacher; masks keep holding.
 
-    Without labels it learns from the original's answers alone.
+    `losses` are summed up, by default ``0.9 · kd + 0.1 · task``; without labels the task's is left out. With `cache`
+    the original answers every training example once, and not again in every epoch: for examples that are not drawn at
+    random. With `patience` in the schedule, the search split says when to stop.
     """
 
     name: ClassVar[str] = "recover"
     kind: ClassVar[Kind] = "recover"
 
     schedule: Schedule = Field(default_factory=Schedule)
-    loss: str = "kd"
-    temperature: float = Field(default=4.0, gt=0)
-    alpha: float = Field(default=0.9, ge=0, le=1)
-
-    @field_validator("loss")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in losses.__all__:
-            raise ValueError(f"expected one of {losses.__all__}")
-        return name
+    cache: bool = False
 
     @property
     def needs(self) -> frozenset[Role]:
-        """The train split."""
-        return frozenset({"train"})
+        """The train split, and the search split if it says when to stop."""
+        return frozenset({"train"} if self.schedule.patience is None else {"train", "search"})
+
+    def check(self, context: Context) -> None:
+        """Raises `ConfigError` or `DataError` if the examples do not suit the losses, the cache or mixup."""
+        split = context.task.require("train", self.name)
+        if self.cache and context.directory is None:
+            raise ConfigError(f"{self.name}.cache needs a run directory to keep the original's answers in")
+        check_examples(self.losses, split, self.schedule, cached=self.cache)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Trains a copy."""
         started = time.perf_counter()
+        self.check(context)
         split = context.task.require("train", self.name)
         fresh = candidate.for_weights()
-        distance, task = getattr(losses, self.loss), context.task
-
-        def loss(module: nn.Module, batch: Batch) -> Tensor:
-            with torch.no_grad():
-                expected = select_output(batch.call(context.original), task.output)
-            outputs = select_output(batch.call(module), task.output)
-            soft: Tensor = distance(outputs, expected, self.temperature)
-            if batch.labels is None or self.alpha == 1:
-                return soft
-            return self.alpha * soft + (1 - self.alpha) * task.loss(outputs, batch.labels)
-
-        trace = fit(
+        objective = Objective(
+            self.losses,
+            fresh.module,
+            context.original,
+            context.task,
+            schedule=self.schedule,
+            seed=context.seed,
+            cache=context.directory if self.cache else None,
+        )
+        trained = fit(
             fresh.module.requires_grad_(True),
             split,
-            loss,
+            objective,
             schedule=self.schedule,
             seed=context.seed,
             hooks=Hooks(
                 after_step=lambda: apply_masks(fresh.module, fresh.masks),
+                evaluate=evaluation(context.task, context.original),
                 progress=partial(context.progress, self.name),
+                companions=objective.companions,
             ),
-        ).losses
-        notes = [f"loss by epoch: {', '.join(f'{value:.4f}' for value in trace)}"]
+            keep=None if context.directory is None else Checkpoints(context.directory),
+        )
+        notes = [*trained.told(), *objective.notes]
         return fresh.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)

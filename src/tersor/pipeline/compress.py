@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,13 +34,12 @@ from tersor.core.report import Report
 from tersor.core.signature import Signature
 from tersor.core.target import Target
 from tersor.core.task import Task
-from tersor.distill import losses
+from tersor.distill import distances
 from tersor.pipeline.assemble import assemble
 from tersor.pipeline.measuring import certificate_for, export, measure_facts
 from tersor.pipeline.plan import Plan, make_plan
 from tersor.pipeline.progress import shown
 from tersor.pipeline.run_directory import RunDirectory
-from tersor.quantize.qat import Qat
 from tersor.report import render_card, render_html, render_table
 from tersor.runtimes.parity import check_parity
 
@@ -129,21 +129,20 @@ def compress(
 
 def run_recipe(plan: Plan, run: RunDirectory, progress: Progress) -> Candidate:
     """Applies the steps, taking finished ones from the run directory."""
-    distances = {name: getattr(losses, name) for name in losses.__all__}
-    context = Context(plan.task, plan.target, plan.original, plan.seed, progress, distances)
-    for step in plan.recipe.steps:
-        if isinstance(step, Qat):
-            step.check(context)
+    context = Context(plan.task, plan.target, plan.original, plan.seed, progress, losses=distances())
+    for position, step in enumerate(plan.recipe.steps, start=1):
+        step.check(replace(context, directory=run.work(position)))
     candidate = replace(plan.start, module=copy.deepcopy(plan.original))
     for position, step in enumerate(plan.recipe.steps, start=1):
         finished = run.load_stage(position, candidate)
         if finished is not None:
-            candidate = step.resume(finished, context) if isinstance(step, Qat) else finished
+            candidate = step.resume(finished, context)
             continue
         logger.info("step %d of %d: %s", position, len(plan.recipe.steps), step.name)
-        candidate = step.apply(candidate, context)
-        if candidate.plan is None or isinstance(step, Qat):  # other quantization is quick, so simply done again
+        candidate = step.apply(candidate, replace(context, directory=run.work(position)))
+        if candidate.plan is None or step.rebuilds:  # other quantization is quick, so simply done again
             run.save_stage(position, candidate)
+        shutil.rmtree(run.work(position), ignore_errors=True)
     return candidate
 
 

@@ -30,7 +30,7 @@ _PLAN = "plan"
 
 
 class RunDirectory:
-    """`run.json` (whose it is), `stages/` (what finished steps left) and `artifact/` (the result)."""
+    """A run: `run.json` (whose), `stages/` (of finished steps), `work/` (of an unfinished one), `artifact/` (the result)."""
 
     def __init__(self, path: Path, fingerprint: dict[str, str]) -> None:
         self.path = path
@@ -45,6 +45,10 @@ class RunDirectory:
     def identity(self) -> str:
         """One hash for the whole run."""
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:32]
+
+    def work(self, position: int) -> Path:
+        """Where the step at `position` keeps what it needs to go on after an interruption; gone once it is done."""
+        return self.path / "work" / f"{position:02d}"
 
     def claim(self) -> None:
         """Takes the directory for this run, or takes it up again.

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from tersor.prune.schedule import SparsitySchedule
 from tersor.prune.selection import install, select
 from tersor.prune.sparsity import Allocation, CriterionName, PatternName, Share, Sparsity
 from tersor.prune.unstructured import NO_SPEED_UP
-from tersor.train import Hooks, Schedule, fit, supervised
+from tersor.train import Checkpoints, Hooks, Schedule, Stateful, fit, supervised
 
 Measure = Callable[[nn.Module], Mapping[str, Evidence]]
 
@@ -43,6 +44,7 @@ class Training:
         schedule: Epochs, batch size, optimizer, learning rate.
         seed: Fixes the order of the examples.
         progress: `(steps done, steps in all, facts)` of one training.
+        directory: Where a single training keeps checkpoints; None keeps none.
     """
 
     split: Split
@@ -50,31 +52,45 @@ class Training:
     schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None
+    directory: Path | None = None
 
     @property
     def steps(self) -> int:
         """Optimizer steps of one training."""
         return self.schedule.total_steps(len(self.split))
 
-    def run(self, module: nn.Module, after_step: Callable[[], None]) -> list[float]:
-        """Trains `module` in place; the mean loss of each epoch."""
+    def run(
+        self, module: nn.Module, after_step: Callable[[], None], state: Mapping[str, Stateful] | None = None
+    ) -> list[float]:
+        """Trains `module` in place; the mean loss of each epoch. `state` belongs into its checkpoints."""
         return fit(
             module.requires_grad_(True),
             self.split,
             self.loss,
             schedule=self.schedule,
             seed=self.seed,
-            hooks=Hooks(after_step=after_step, progress=self.progress),
+            hooks=Hooks(after_step=after_step, progress=self.progress, stateful=state or {}),
+            keep=None if self.directory is None or state is None else Checkpoints(self.directory),
         ).losses
 
 
 @dataclass
 class Grown:
-    """What training left: `masks` by parameter path, `trace` the losses by epoch, `skipped` with reasons."""
+    """What training left: `masks` by parameter path, losses by epoch, `skipped` with reasons, steps of the training."""
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     trace: list[float] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    steps: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints of a training in which the masks grow."""
+        return {"masks": self.masks, "skipped": [list(item) for item in self.skipped], "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.masks, self.steps = dict(state["masks"]), state["steps"]
+        self.skipped = [(path, reason) for path, reason in state["skipped"]]
 
     def prune(self, module: nn.Module, settings: Sparsity, amount: float, measure: Measure | None) -> None:
         """Takes `module` to the share `amount`: what is gone stays gone."""
@@ -122,18 +138,16 @@ def gradual(
     amount = growing(settings)
     plan = (over or SparsitySchedule()).plan(amount, training.steps)
     grown = Grown(masks=dict(masks or {}))
-    done = 0
     if 0 in plan:
         grown.prune(module, settings, plan[0], measure)
 
     def after_step() -> None:
-        nonlocal done
-        done += 1
+        grown.steps += 1
         apply_masks(module, grown.masks)
-        if done in plan:
-            grown.prune(module, settings, plan[done], measure)
+        if grown.steps in plan:
+            grown.prune(module, settings, plan[grown.steps], measure)
 
-    grown.trace = training.run(module, after_step)
+    grown.trace = training.run(module, after_step, {"grown": grown})
     check(module, grown.masks)
     return grown
 
@@ -158,6 +172,7 @@ def training_of(context: Context, who: str, schedule: Schedule) -> Training:
         schedule,
         context.seed,
         partial(context.progress, who),
+        context.directory,
     )
 
 

@@ -32,7 +32,7 @@ class Solo:
         name: Path of the module that computes first.
         modules: Paths of all.
         nodes: The operators, in the order of the graph.
-        weights: Weight quantizer path -> parameter path.
+        weights: Weight quantizer path -> parameter path; of a layer in float the parameter's for both.
         fixed: Whether the placement fixes its width, as that of embedding tables.
         edge: Whether it is the first or the last layer.
     """
@@ -45,11 +45,11 @@ class Solo:
     edge: bool
 
 
-def solos(prepared: Prepared) -> list[Solo]:
-    """The layers whose weights are rounded, in the order of the graph."""
+def solos(prepared: Prepared, *, kept: bool = False) -> list[Solo]:
+    """The layers whose weights are rounded, in the order of the graph; with `kept` also those left in float."""
     users: list[tuple[fx.Node, str]] = []
     for node in prepared.simulation.graph.nodes:
-        path = _weight_quantizer(prepared, node)
+        path = _weight_quantizer(prepared, node, kept=kept)
         if path is not None:
             users.append((node, path))
     inner = [node for node, _ in users if node.target not in LOOKUPS]
@@ -64,7 +64,7 @@ def solos(prepared: Prepared) -> list[Solo]:
     for group in sorted(groups, key=lambda group: order[group[0][0]]):
         nodes = tuple(sorted((node for node, _ in group), key=order.__getitem__))
         modules = tuple(dict.fromkeys(_module(node) for node in nodes))
-        weights = {path: prepared.placement.weights[path] for _, path in group}
+        weights = {path: prepared.placement.weights.get(path, path) for _, path in group}
         fixed = any(node.target in LOOKUPS for node in nodes)
         found.append(Solo(modules[0], modules, nodes, weights, fixed, not edges.isdisjoint(nodes)))
     return found
@@ -78,11 +78,14 @@ def _module(node: fx.Node) -> str:
     return str(node.meta.get("module", ""))
 
 
-def _weight_quantizer(prepared: Prepared, node: fx.Node) -> str | None:
+def _weight_quantizer(prepared: Prepared, node: fx.Node, *, kept: bool) -> str | None:
+    """Path of the quantizer of a layer's weight, or of the weight itself where it is kept and this is asked for."""
     rule = COMPUTE.get(node.target)
     weight = node.args[rule.weight] if rule is not None and rule.weight is not None else None
-    placed = isinstance(weight, fx.Node) and str(weight.target) in prepared.placement.weights
-    return str(weight.target) if placed and isinstance(weight, fx.Node) else None
+    if not isinstance(weight, fx.Node):
+        return None
+    found = str(weight.target) in prepared.placement.weights or (kept and node.name in prepared.placement.kept)
+    return str(weight.target) if found else None
 
 
 class Grids:

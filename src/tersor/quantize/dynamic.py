@@ -32,7 +32,8 @@ class Dynamic(Step):
     """Rounds the weights of linear, attention and LSTM layers to int8; their inputs are rounded at run time.
 
     Needs no data. Convolutions stay float: ONNX Runtime's integer convolution without fixed scales is slower than its
-    float one. GRU and RNN weights are stored in int8 but computed with in float, as neither runtime has kernels.
+    float one. GRU and RNN weights are stored in int8 but computed with in float, as no runtime has kernels; for
+    `inductor` so are LSTM and `nn.MultiheadAttention`.
     `embeddings` stores look-up tables in int8, one scale per row. `keep` leaves layers in float, by glob patterns over
     their paths.
     """
@@ -81,8 +82,11 @@ class Dynamic(Step):
         if any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()):
             notes.append("convolutions stay float: without fixed scales their integer kernels are slower")
         stored = sorted(
-            {type(weight.module).__name__ for weight in chosen if weight.kind == "recurrent"}
-            - ({"LSTM"} if runtime == "onnxruntime" else set())
+            {
+                type(weight.module).__name__
+                for weight in chosen
+                if weight.kind in ("linear", "recurrent") and not _rounds_inputs(weight, runtime)
+            }
         )
         if stored:
             notes.append(
@@ -94,5 +98,5 @@ class Dynamic(Step):
 
 def _rounds_inputs(weight: ModuleWeight, runtime: str) -> bool:
     if weight.kind == "linear":
-        return True
+        return runtime != "inductor" or not isinstance(weight.module, nn.MultiheadAttention)
     return weight.kind == "recurrent" and isinstance(weight.module, nn.LSTM) and runtime == "onnxruntime"

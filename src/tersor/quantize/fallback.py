@@ -21,8 +21,9 @@ from tersor.core.candidate import Candidate
 from tersor.core.context import Context
 from tersor.core.split import Split
 from tersor.core.task import Role
-from tersor.quantize.mixed import exactly, record_of
+from tersor.quantize.mixed import exactly
 from tersor.quantize.prepare import Batches, Prepared
+from tersor.quantize.record import with_losses
 from tersor.quantize.sensitivity import FIXED, LayerSensitivity, Measure, Options, Sensitivity, measure_layers
 from tersor.quantize.static import Static
 from tersor.quantize.widths import FLOAT
@@ -69,7 +70,6 @@ class Fallback(Static):
         done, drop = rounds.best(taken)
         if drop > self.max_drop and not notes:
             notes.append(f"target not met: the drop is {drop:+.4f}, allowed are {self.max_drop:g}; this is the best")
-        widths = rounds.widths(taken)
         returned = ", ".join(f"{layer or '(model)'} {bits}" for layer, bits in dict(rungs[:taken]).items())
         notes += [
             f"drop of {context.task.metric.name} {drop:+.4f} on {judge.count} examples of the search split, by which "
@@ -77,13 +77,9 @@ class Fallback(Static):
             *rounds.log,
             *done.history[-1].notes,
         ]
-        record = done.history[-1].model_copy(
-            update={
-                "settings": self.model_dump(mode="json"),
-                "seconds": time.perf_counter() - started,
-                "notes": notes,
-                "quantization": record_of(found, widths, self),
-            }
+        seconds, settings = time.perf_counter() - started, self.model_dump(mode="json")
+        record = with_losses(done.history[-1], found).model_copy(
+            update={"settings": settings, "seconds": seconds, "notes": notes}
         )
         return replace(done, history=(*candidate.history, record))
 

@@ -118,7 +118,7 @@ def qat(
     """Trains a copy of the model while it computes with rounded numbers; see `Qat`.
 
     ```python
-    quantized = tersor.quantize.qat(model, task, weight_bits=4, activation_bits=4, distillation=losses.kd)
+    quantized = tersor.quantize.qat(model, task, weight_bits=4, activation_bits=4, distillation=tersor.distill.distances()["kd"])
     ```
 
     Args:

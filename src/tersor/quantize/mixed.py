@@ -18,9 +18,9 @@ from pydantic import Field, field_validator, model_validator
 
 from tersor.core.candidate import Candidate
 from tersor.core.context import Context
-from tersor.core.report import QuantizationRecord, QuantizedLayer
 from tersor.quantize.allocation import allocate, average_of
-from tersor.quantize.sensitivity import LayerSensitivity, Measure, Options, Sensitivity, measure_layers
+from tersor.quantize.record import with_losses
+from tersor.quantize.sensitivity import Measure, Options, Sensitivity, measure_layers
 from tersor.quantize.static import Static
 from tersor.quantize.widths import FLOAT, Widths
 
@@ -78,13 +78,8 @@ class Mixed(Static):
             *done.history[-1].notes,
         ]
         seconds, settings = time.perf_counter() - started, self.model_dump(mode="json")
-        record = done.history[-1].model_copy(
-            update={
-                "settings": settings,
-                "seconds": seconds,
-                "notes": notes,
-                "quantization": record_of(found, widths, self),
-            }
+        record = with_losses(done.history[-1], found).model_copy(
+            update={"settings": settings, "seconds": seconds, "notes": notes}
         )
         return replace(done, history=(*candidate.history, record))
 
@@ -110,23 +105,3 @@ def exactly(found: Sensitivity, widths: Mapping[str, int]) -> dict[str, int]:
     """Widths as overrides, each for one module, whatever characters its path has."""
     rows = {row.layer: row for row in found.rows}
     return {glob.escape(module): bits for layer, bits in widths.items() for module in rows[layer].modules}
-
-
-def record_of(found: Sensitivity, widths: Mapping[str, int], settings: Widths) -> QuantizationRecord:
-    """What the report shows."""
-
-    def activation(row: LayerSensitivity) -> int | None:
-        return None if row.table or widths[row.layer] == FLOAT else settings.activation(row.layer, edge=row.edge)
-
-    layers = [
-        QuantizedLayer(
-            name=row.layer,
-            parameters=row.parameters,
-            macs=row.macs,
-            weight_bits=widths[row.layer],
-            activation_bits=activation(row),
-            losses=[row.loss[bits] for bits in found.bits] if set(found.bits) <= set(row.loss) else [],
-        )
-        for row in found.rows
-    ]
-    return QuantizationRecord(measure=found.unit, widths=list(found.bits), layers=layers)

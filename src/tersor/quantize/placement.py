@@ -35,11 +35,13 @@ class Placement:
         activations: Quantizer path -> name of the value that it rounds.
         weights: Quantizer path -> parameter path.
         compute: Names of the nodes that compute in low precision.
+        kept: Names of the layers that the widths leave in float.
     """
 
     activations: dict[str, str]
     weights: dict[str, str]
     compute: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
 
 def place(graph_module: fx.GraphModule, widths: Widths, style: Style) -> Placement:
@@ -54,8 +56,8 @@ def place(graph_module: fx.GraphModule, widths: Widths, style: Style) -> Placeme
     edges = {inner[0], inner[-1]} if inner else set()
     widths.check_used(_module(node) for node in layers)
     bits = {node: widths.weight(_module(node), edge=node in edges) for node in layers}
-    kept = {_weight(node) for node in layers if bits[node] == FLOAT}
-    bits |= {node: FLOAT for node in layers if _weight(node) in kept}  # a weight that is shared is one for all
+    exact = {_weight(node) for node in layers if bits[node] == FLOAT}
+    bits |= {node: FLOAT for node in layers if _weight(node) in exact}  # a weight that is shared is one for all
     bits |= {node: KERNEL_BITS for node in layers if node.target in LOOKUPS and bits[node] != FLOAT}
     compute = [node for node in able if bits.get(node) != FLOAT]
     groups = _Groups()
@@ -94,7 +96,8 @@ def place(graph_module: fx.GraphModule, widths: Widths, style: Style) -> Placeme
             weights[path] = str(weight.target)
             _insert_late(graph_module, weight, path)
     graph_module.recompile()
-    return Placement(activations, weights, tuple(node.name for node in compute))
+    kept = tuple(node.name for node in layers if bits[node] == FLOAT)
+    return Placement(activations, weights, tuple(node.name for node in compute), kept)
 
 
 def _weight(layer: fx.Node) -> object:

@@ -29,7 +29,7 @@ from tersor.quantize.residual import spare_residuals
 from tersor.quantize.static import cautions, summary
 from tersor.quantize.student import Grid, Student, deployed, install
 from tersor.quantize.widths import Widths
-from tersor.train import Hooks, Schedule, blended, fit, hard_loss
+from tersor.train import Checkpoints, Hooks, Schedule, blended, fit, hard_loss
 
 
 class Qat(Widths, Step):
@@ -49,6 +49,7 @@ class Qat(Widths, Step):
 
     name: ClassVar[str] = "quantize.qat"
     kind: ClassVar[Kind] = "quantize"
+    rebuilds: ClassVar[bool] = True
 
     residual_bits: int = Field(default=8, ge=2, le=8)
     schedule: Schedule = Field(default_factory=Schedule)
@@ -157,7 +158,12 @@ class Qat(Widths, Step):
         def before_step(step: int, total: int) -> None:
             student.before_step(step, total, frozen_from=total - round(self.freeze_batchnorm * total))
 
-        hooks = Hooks(before_step, student.after_step, progress=partial(context.progress, self.name))
+        hooks = Hooks(
+            before_step,
+            student.after_step,
+            progress=partial(context.progress, self.name),
+            stateful={"student": student},
+        )
         return fit(
             student.graph.requires_grad_(True),
             task.require("train", self.name),
@@ -165,6 +171,7 @@ class Qat(Widths, Step):
             schedule=self.schedule,
             seed=context.seed,
             hooks=hooks,
+            keep=None if context.directory is None else Checkpoints(context.directory),
         ).losses
 
 

@@ -36,6 +36,7 @@ from tersor.quantize.prepare import (
     set_weight_ranges,
 )
 from tersor.quantize.reconstruct import Settings, Unit, reconstruct
+from tersor.quantize.record import record_of
 from tersor.quantize.reference import float_reference
 from tersor.quantize.round_weights import round_weights
 from tersor.quantize.smooth import smooth
@@ -107,7 +108,9 @@ class Static(Widths, Step):
         first = f"{summary(prepared, unreached)}, ranges by {self.range_method} on {count} {made}examples"
         notes = [first, *notes, *cautions(prepared, unreached)]
         done = replace(candidate, module=module, plan=plan, simulation=prepared.simulation)
-        return done.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)
+        widths = record_of(prepared, context.task.example(1))
+        seconds = time.perf_counter() - started
+        return done.record(self.name, self.model_dump(mode="json"), seconds, notes, quantization=widths)
 
     def _batches(self, candidate: Candidate, context: Context) -> tuple[Batches, int]:
         """The examples to look at, and how many."""

@@ -86,13 +86,23 @@ class Student:
             learned = LearnedStep(self.prepared.quantizer(path), method, decay=decay)
             self.prepared.simulation.add_submodule(path, learned)
 
+    def state_dict(self) -> dict[str, int]:
+        """For checkpoints: what is not among the graph's tensors."""
+        return {"stage": self.stage}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to the stage of the checkpoint; the graph's tensors are to be loaded afterwards."""
+        if state["stage"] != self.stage:
+            self._narrow(self.stages[self.stage], self.stages[state["stage"]])
+            self.stage = state["stage"]
+
     def before_step(self, step: int, total: int, frozen_from: int) -> None:
-        """Narrows the grids when their stage begins, and stops BatchNorm's statistics at the step `frozen_from`."""
+        """Narrows the grids when their stage begins; from the step `frozen_from` on, BatchNorm's statistics stay."""
         stage = step * len(self.stages) // total
         if stage != self.stage:
             self._narrow(self.stages[self.stage], self.stages[stage])
             self.stage = stage
-        if step == frozen_from:
+        if step >= frozen_from:
             for norm in self.norms.values():
                 norm.eval()
 

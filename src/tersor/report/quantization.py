@@ -1,4 +1,4 @@
-"""What the page says about widths: one part for each step that chose them, and a picture of bits and sensitivity."""
+"""What the page says about widths: one part for each step that rounds, and a picture of bits and sensitivity."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WidthsPart(NamedTuple):
 
 
 def widths(report: Report) -> list[WidthsPart]:
-    """The steps of a run that chose widths, in order; the most sensitive layer first."""
+    """The steps of a run that round layer by layer, in order; where it was measured the most sensitive layer first."""
     return [
         WidthsPart(step.name, step.quantization, ranked(step.quantization), widths_plot(step.quantization))
         for step in report.history

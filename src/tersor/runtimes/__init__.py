@@ -7,7 +7,8 @@ from importlib.metadata import entry_points
 
 from tersor.errors import ConfigError
 from tersor.runtimes.base import Loaded, Runtime, Session
-from tersor.runtimes.eager import Eager, Inductor
+from tersor.runtimes.eager import Eager
+from tersor.runtimes.inductor import Inductor
 from tersor.runtimes.onnxruntime import OnnxRuntime
 from tersor.runtimes.openvino import OpenVino
 

@@ -1,13 +1,14 @@
-"""PyTorch itself: eager, or compiled with Inductor. Artifacts are safetensors; loading needs the user's class."""
+"""PyTorch itself. Artifacts are safetensors; loading needs the user's class."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import nn
 
 from tersor.core.batch import Batch, select_output
@@ -15,6 +16,7 @@ from tersor.core.candidate import Candidate
 from tersor.core.signature import Signature
 from tersor.core.target import Target
 from tersor.errors import ArtifactError, OutputDirectoryError, UnsupportedError
+from tersor.runtimes import torch_storage
 from tersor.runtimes.base import Array, Build, Runtime, Session
 
 FILE = "model.safetensors"
@@ -39,21 +41,30 @@ class TorchSession(Session):
 
 
 class Eager(Runtime):
-    """Writes `model.safetensors`; tied weights are stored once."""
+    """Writes `model.safetensors`; tied weights are stored once, those in few bits are decoded when they are loaded."""
 
     name: ClassVar[str] = "eager"
     package: ClassVar[str] = "torch"
+    formats: ClassVar[frozenset[str]] = frozenset(
+        {"float32", "float16-weights", "bfloat16-weights", "int8-weights", "int4-weights"}
+    )
     needs_code: ClassVar[bool] = True
 
     def export(
         self, candidate: Candidate, example: Batch, directory: Path, *, signature: Signature, target: Target
     ) -> list[Path]:
         """Writes the weights."""
-        if candidate.plan is not None:
-            raise UnsupportedError(f"runtime {self.name!r} has no integer kernels here; use onnxruntime or openvino")
+        if candidate.precision not in self.formats:
+            raise UnsupportedError(
+                f"runtime {self.name!r} has no integer kernels for {candidate.precision} here; use onnxruntime or "
+                "openvino"
+            )
         path = directory / FILE
         try:
-            save_model(candidate.module, str(path))
+            if candidate.plan is None:
+                save_model(candidate.module, str(path))
+            else:
+                torch_storage.write(candidate.module, candidate.plan, path)
         except SafetensorError as error:  # its own form of an OSError
             raise OutputDirectoryError(
                 f"cannot write {path}: {error}; nothing was left behind. Free space or choose another directory"
@@ -71,25 +82,18 @@ class Eager(Runtime):
             )
         module = model()
         try:
-            load_model(module, str(directory / FILE))
-        except (SafetensorError, RuntimeError, ValueError) as error:
+            stored = torch_storage.read(directory / FILE)
+            if stored.precision != "float32":
+                module = copy.deepcopy(module)  # what `model` gave may be in use, and this becomes another model
+            floats = {name: torch_storage.decoded(weight) for name, weight in stored.weights.items()}
+            torch_storage.fill(module, stored.tensors | floats)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ArtifactError(
                 f"the weights in {directory / FILE} do not fit the module that model() returned: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
-        return TorchSession(self.prepare(module.eval()), signature, target)
+        return TorchSession(self.prepare(module.eval(), stored), signature, target)
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """What is done to a module before it runs."""
+    def prepare(self, module: nn.Module, stored: torch_storage.Stored) -> nn.Module:
+        """What is done to a module, filled with what was stored, before it runs."""
         return module
-
-
-class Inductor(Eager):
-    """`torch.compile`: the same artifact, compiled when it is loaded (needs a C++ compiler)."""
-
-    name: ClassVar[str] = "inductor"
-
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """Compiles at the first call of each new shape."""
-        compiled: Any = torch.compile(module)
-        return cast("nn.Module", compiled)

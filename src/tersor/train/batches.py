@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -36,11 +36,19 @@ class StepBatches(Dataset[Batch]):
             generator = np.random.default_rng(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, generator.permutation(len(self.split))
         size = self.schedule.batch_size
+        positions = self.world.share(self._order[within * size : (within + 1) * size])
         seed_all(self.seed, "data", step, self.world.rank)
-        return self.split.batch(self.world.share(self._order[within * size : (within + 1) * size]))
+        try:
+            return self.split.batch(positions)
+        except Exception as error:
+            error.add_note(
+                f"while loading step {within} of epoch {epoch}, examples {', '.join(map(str, positions[:4]))}, … of "
+                f"split {self.split.name!r}"
+            )
+            raise
 
-    def loaded(self, first: int) -> Iterator[Batch]:
-        """The batches of the steps from `first` on, in order."""
+    def loaded(self, first: int) -> Generator[Batch]:
+        """The batches of the steps from `first` on, in order; closing it ends the loading processes."""
         if not self.schedule.workers:
             for step in range(first, len(self)):
                 yield self[step]

@@ -28,11 +28,13 @@ class Hooks:
     """Functions that the loop calls.
 
     Attributes:
-        before_step: `(step, steps in all)`, before every forward pass, e.g. to freeze a part in time.
+        before_step: `(step, steps in all)`, before every step, e.g. to freeze a part in time.
         after_step: After every optimizer step, e.g. to apply masks.
         evaluate: `module -> metric`, higher is better, after every epoch, on the search split.
-        finish: Called with the trained module, e.g. to re-estimate BatchNorm statistics.
-        progress: `(steps done, steps in all, facts)`; facts are the loss, the metric and examples per second.
+        finish: Called with the trained module in evaluation mode, without gradients, e.g. to re-estimate BatchNorm
+            statistics; also when a training that had ended is called again.
+        progress: `(steps done, steps in all, facts)` after every step; facts are `loss`, `examples/s` and the last
+            `metric`. After an evaluation once more for the same step, with the epoch's loss and the new metric.
         companions: Modules that the loss owns and that train along, e.g. projectors.
         stateful: What belongs into checkpoints beside model, companions and optimizer, by name.
     """

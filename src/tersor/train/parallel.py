@@ -1,33 +1,37 @@
-"""Training in several processes: each takes its share of every batch, and gradients are averaged.
+"""The processes that train together: `torchrun` starts them and sets the environment that `join` reads.
 
-`torchrun --nproc-per-node=4 script.py`, or the same on several machines, sets the environment that `join` reads.
+Each takes its share of every batch. Their weights are the same after every step, and so is whatever the loop calls.
 """
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from tersor.errors import ConfigError, DistributedError
 
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "gloo", "socket")
+MESSAGE = 1 << 24  # numbers that are broadcast at once
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together: this one's number and how many there are."""
+    """The processes that train together: this one's number, how many there are, and where they compute."""
 
     rank: int = 0
     size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def leads(self) -> bool:
@@ -46,32 +50,52 @@ class World:
             )
         return positions[self.rank * each : (self.rank + 1) * each]
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, averaging its gradients over the processes."""
-        if self.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
-            return module
-        # Losses on features leave a head without gradients, so unused parameters are nothing unusual here.
-        return DistributedDataParallel(module, find_unused_parameters=True)
+    def agree(self, what: str, facts: object) -> None:
+        """Raises `ConfigError` in every process if `facts` differ between them."""
+        if self.size == 1:
+            return
+        number = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "little")
+        extremes = torch.tensor([number, -number], dtype=torch.int64, device=self.device)
+        distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
+        if extremes[0] == -extremes[1]:
+            return
+        every = [repr(item) for item in self.gathered(facts)]
+        other = next(rank for rank, item in enumerate(every) if item != every[0])
+        first = next((i for i, (a, b) in enumerate(zip(every[0], every[other], strict=False)) if a != b), 0)
+        shown = [item[max(0, first - 40) : first + 40] for item in (every[0], every[other])]
+        raise ConfigError(
+            f"all processes must train the same thing, but {what} differs: process 0 of {self.size} has …{shown[0]}…, "
+            f"process {other} has …{shown[1]}…"
+        )
 
-    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Inside, gradients of a wrapped module add up and are not yet exchanged."""
-        if isinstance(module, DistributedDataParallel):
-            return module.no_sync()
-        return nullcontext()
-
-    def mean(self, values: Sequence[float], device: torch.device) -> list[float]:
+    def mean(self, values: Sequence[float]) -> list[float]:
         """The means over all processes."""
         if self.size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=kind, device=self.device)
         distributed.all_reduce(tensor)
         return (tensor / self.size).tolist()
 
-    def from_leader(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrites the tensors with those of the first process, in place."""
-        if self.size > 1:
-            for tensor in tensors:
-                distributed.broadcast(tensor, src=0)
+    def gathered(self, item: Any) -> list[Any]:
+        """The item of every process, in order."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        distributed.all_gather_object(items, item)
+        return items
+
+    @torch.no_grad()
+    def from_leader(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites the tensors with those of the first process, in place, many small ones in one message."""
+        if self.size == 1:
+            return
+        for message in _messages([*tensors]):
+            together = torch.cat([tensor.detach().reshape(-1) for tensor in message]).to(self.device)
+            distributed.broadcast(together, src=0)
+            parts = torch.split(together, [tensor.numel() for tensor in message])
+            for tensor, part in zip(message, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -79,7 +103,8 @@ class World:
         if self.size == 1:
             yield
             return
-        with warnings.catch_warnings():
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
             try:
                 yield
@@ -96,20 +121,54 @@ class World:
 def join(device: torch.device) -> World:
     """The world that `torchrun` or the caller has set up, or a world of one.
 
+    A group of processes that is made here ends with the program; the caller's own is left alone.
+
     Raises:
         DistributedError: if the other processes cannot be reached.
     """
     if not distributed.is_available():
-        return World()
+        return World(device=device)
     if not distributed.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return World()
+            return World(device=device)
         try:
-            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            store, rank, size = next(rendezvous("env://"))
+            store = distributed.PrefixStore(_attempt(), store)
+            kind = "nccl" if device.type == "cuda" else "gloo"
+            distributed.init_process_group(kind, store=store, rank=rank, world_size=size)
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
                 f"expected to meet {os.environ['WORLD_SIZE']} processes at "
                 f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} ({error}); start all of "
                 "them with the same torchrun line"
             ) from error
-    return World(distributed.get_rank(), distributed.get_world_size())
+        atexit.register(_leave)
+    return World(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def _attempt() -> str:
+    """Keeps processes that `torchrun --max-restarts` started again from the addresses of those that are gone.
+
+    On several machines the count may differ between them, so it is not used there.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else '0'}"
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of one number format, each of at most `MESSAGE` numbers or a single tensor."""
+    for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
+        message: list[Tensor] = []
+        for tensor in tensors:
+            if tensor.dtype != kind:
+                continue
+            if message and sum(map(Tensor.numel, message)) + tensor.numel() > MESSAGE:
+                yield message
+                message = []
+            message.append(tensor)
+        yield message

@@ -23,8 +23,7 @@ def device_of(module: nn.Module, schedule: Schedule) -> torch.device:
         ConfigError: if it is not there, or has no kernels for the precision.
     """
     if schedule.device is None:
-        tensor = next((tensor for tensor in [*module.parameters(), *module.buffers()]), torch.empty(0))
-        device = tensor.device
+        device = _home(module)
     else:
         try:
             device = torch.device(schedule.device)
@@ -34,8 +33,15 @@ def device_of(module: nn.Module, schedule: Schedule) -> torch.device:
             ) from None
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # one process for each
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("Schedule.device: cuda is not available here; leave device out to train on the processor")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"Schedule.device: {device} is not available here ({reason}); leave device out to train where the model is"
+        ) from None
+    if device.type == "meta":
+        raise ConfigError("Schedule.device: nothing can be computed on meta; give the model real weights first")
     if schedule.precision == "float16" and device.type != "cuda":
         raise ConfigError(f"Schedule.precision: float16 trains on CUDA only, not on {device.type}; use bfloat16")
     return device
@@ -44,22 +50,38 @@ def device_of(module: nn.Module, schedule: Schedule) -> torch.device:
 @contextmanager
 def placed(modules: Sequence[nn.Module], schedule: Schedule, device: torch.device) -> Iterator[None]:
     """Inside, the modules are on the device and in the layout; the first one is compiled. Afterwards, as before."""
-    before = [next((p.device for p in module.parameters()), torch.device("cpu")) for module in modules]
-    for module in modules:
-        module.to(device)
-        if schedule.channels_last:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    homes = [_home(module) for module in modules]
+    compiled = modules[0]._compiled_call_impl
+    strides: dict[nn.Parameter, tuple[int, ...]] = {}
     try:
+        for module in modules:
+            module.to(device)
+            if schedule.channels_last:
+                strides |= _channels_last(module)
         if schedule.compile:
             modules[0].compile()
         yield
     finally:
-        if schedule.compile:
-            modules[0]._compiled_call_impl = None
-        for module, home in zip(modules, before, strict=True):
-            if schedule.channels_last:
-                module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        modules[0]._compiled_call_impl = compiled
+        for parameter, stride in strides.items():
+            before = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = before.copy_(parameter.detach())
+        for module, home in zip(modules, homes, strict=True):
             module.to(home)
+
+
+def _channels_last(module: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
+    """Lays out the weights of two-dimensional convolutions anew; the strides that they had."""
+    strides = {}
+    for parameter in module.parameters():
+        if parameter.ndim == IMAGES:
+            strides[parameter] = parameter.stride()
+            parameter.data = parameter.detach().contiguous(memory_format=torch.channels_last)
+    return strides
+
+
+def _home(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
 
 def moved(batch: Batch, schedule: Schedule, device: torch.device) -> Batch:

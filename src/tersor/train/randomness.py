@@ -14,7 +14,13 @@ import torch
 def seed_all(*key: int | str) -> None:
     """Seeds PyTorch, NumPy and Python with a hash of `key`, such as `(seed, "model", step, rank)`."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    seed = int.from_bytes(digest, "little") >> 1
+    # torch.manual_seed formats a stack trace for every device that sleeps, at every call: most of a small step's time.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
     np.random.seed(int.from_bytes(digest[:4], "little"))
     random.seed(digest)
 
@@ -23,7 +29,8 @@ def seed_all(*key: int | str) -> None:
 def callers_kept(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside, the caller's random numbers go on as if nothing had happened."""
     state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
+    asked = device.type == "cuda" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if asked else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield

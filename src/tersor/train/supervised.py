@@ -26,6 +26,13 @@ class Blend(NamedTuple):
     share: float = 1.0
 
 
+def check_mixable(batch: Batch) -> None:
+    """Raises `ConfigError` if an input is not made of real numbers: tokens cannot be mixed."""
+    whole = [name for name, value in batch.tensors().items() if not value.is_floating_point()]
+    if whole:
+        raise ConfigError(f"Schedule.mixup blends inputs, which must be real numbers; {whole} are not: leave it out")
+
+
 def blended(batch: Batch, schedule: Schedule) -> Blend:
     """Mixes the examples in pairs, if the schedule says so (mixup).
 
@@ -34,9 +41,7 @@ def blended(batch: Batch, schedule: Schedule) -> Blend:
     """
     if not schedule.mixup:
         return Blend(batch)
-    whole = [name for name, value in batch.tensors().items() if not value.is_floating_point()]
-    if whole:
-        raise ConfigError(f"Schedule.mixup blends inputs, which must be real numbers; {whole} are not: leave it out")
+    check_mixable(batch)
     share = float(torch.distributions.Beta(schedule.mixup, schedule.mixup).sample())
     order = torch.randperm(len(batch), device=next(iter(batch.tensors().values())).device)
 
@@ -78,7 +83,11 @@ def supervised(task: Task, schedule: Schedule) -> BatchLoss:
     Args:
         task: Its loss, and which output counts.
         schedule: Whether labels are smoothed and examples blended.
+
+    Raises:
+        ConfigError: if labels are to be smoothed and the task has a loss of its own.
     """
+    task.check_smoothing(schedule.label_smoothing)
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         blend = blended(batch, schedule)

@@ -1,0 +1,41 @@
+"""Hashes by which kept files know whom and what they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersor.core.split import Split
+from tersor.train.randomness import callers_kept, seed_all
+
+SAMPLED = 64  # examples that stand for a split
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and every bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_hash(module: nn.Module) -> str:
+    """Of its printed form without addresses in memory, its parameters and its buffers."""
+    printed = re.sub(r"0x[0-9a-f]+", "", repr(module))
+    return hashlib.sha256(f"{printed}{tensors_hash(module.state_dict())}".encode()).hexdigest()
+
+
+def sample_hash(split: Split) -> str:
+    """Of the number of examples, and of some with their labels; what they draw at random is seeded."""
+    positions = np.unique(np.linspace(0, len(split) - 1, min(SAMPLED, len(split))).round().astype(np.int64))
+    with callers_kept(torch.device("cpu")):
+        seed_all("identity")
+        batch = split.batch(positions)
+    labels = {} if batch.labels is None else {"labels": torch.as_tensor(batch.labels)}
+    return f"{len(split)} {tensors_hash(batch.tensors() | labels)}"
