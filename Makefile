@@ -54,6 +54,7 @@ bench: $(VENV)/.bench ## all benchmarks; DATA points to images, texts and weight
 	$(BIN)/python benchmarks/charlstm.py --data $(DATA) --out benchmarks/results/charlstm.json
 	$(BIN)/python benchmarks/minilm_int8.py --data $(DATA) --encoder $(ENCODER) --out benchmarks/results/minilm_int8.json
 	$(BIN)/python benchmarks/quantize_memory.py --out benchmarks/results/quantize_memory.json
+	$(BIN)/python benchmarks/inductor.py --out benchmarks/results/inductor.json
 
 clean:
 	rm -rf $(VENV) runs

@@ -159,6 +159,8 @@ def brevitas(net: nn.Module, data: Path, *, weights: int, activations: int, gptq
     )  # fmt: skip
     flow.calibrate(loader, model)
     if gptq:
+        with torch.no_grad():
+            model(loader[0][0])  # its GPTQ asks for scales that a forward pass sets
         flow.apply_gptq(loader, model)
     for module in model.modules():  # the shortcuts slice their input, which its own kind of tensor does not allow
         if hasattr(module, "return_quant_tensor"):

@@ -185,7 +185,12 @@ def _interval(row: dict[str, Any]) -> str:
 def qat_accuracy() -> str:
     """ResNet-20 at few bits, after training and trained."""
     result = _result("qat_accuracy")
-    names = {"static": "post-training", "lsq": "learned steps, distillation", "ste+kd": "fixed ranges, distillation", "ste": "fixed ranges, labels"}
+    names = {
+        "static": "post-training",
+        "lsq": "learned steps, distillation",
+        "ste+kd": "fixed ranges, distillation",
+        "ste": "fixed ranges, labels",
+    }
     lines = [
         f"| bits | | epochs | top-1 (float {result['float_top1']:.2f}) | drop | processor minutes |",
         "|---|---|---:|---:|---|---:|",
@@ -214,6 +219,29 @@ def charlstm() -> str:
                 f"| {name} | {row['bits_per_character']:.4f} | {row['loss_bits_per_character']:+.4f} | "
                 f"{row['size_bytes'] / 1000:,.0f} | {_milliseconds(time)} |"
             )
+    return "\n".join(lines)
+
+
+def inductor() -> str:
+    """A BERT compiled by PyTorch: time and size of every contestant."""
+    lines = ["| | ms [quartile distance] | x eager | MB |", "|---|---|---:|---:|"]
+    for name, row in _result("inductor")["models"].items():
+        time, size = row["latency_ms"], row.get("size_bytes")
+        lines.append(
+            f"| {name} | {time['median']:.2f} [{time['iqr']:.2f}] | {row['ratio_to_eager']:.2f} | "
+            f"{'' if size is None else f'{size / 1e6:.1f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def inductor_layers() -> str:
+    """One linear layer with every product that PyTorch has for it."""
+    shapes = _result("inductor")["layers_ms"]
+    lines = [f"| | {' | '.join(shapes)} |", f"|---|{'---|' * len(shapes)}"]
+    for name in next(iter(shapes.values())):
+        rows = [layers[name] for layers in shapes.values()]
+        cells = [f"{row['median']:.3f} [{row['best']:.3f}, {row['worst']:.3f}]" for row in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -253,6 +281,43 @@ def quantize_memory() -> str:
     lines = [f"| BERT, {size:.0f} million parameters | peak memory over the model's own | seconds |", "|---|---:|---:|"]
     lines += [f"| {name} | {row['peak_over_model']:.2f} | {row['seconds']:.1f} |" for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def _range(found: dict[str, Any], digits: int) -> str:
+    return f"{found['median']:,.{digits}f} [{found['min']:,.{digits}f}, {found['max']:,.{digits}f}]"
+
+
+def training_overhead() -> str:
+    """The training loop against a bare one."""
+    lines = [
+        "| ms per step, median [range] | bare loop | `fit` | ratio, paired | of processor time | added, µs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in _result("training_loop")["overhead"].items():
+        lines.append(
+            f"| {name}, batch {row['batch']} | {_range(row['bare'], 2)} | {_range(row['fit'], 2)} | "
+            f"{_range(row['ratio'], 3)} | {_range(row['processor_ratio'], 3)} | {_range(row['added_us'], 0)} |"
+        )
+    return "\n".join(lines)
+
+
+def training_speed() -> str:
+    """Images a second with each option of the schedule."""
+    speeds = _result("training_loop")["images_per_second"]
+    base = speeds["float32"]["median"]
+    lines = ["| ResNet-20 | images/s, median [range] | x float32 |", "|---|---|---:|"]
+    lines += [f"| {name} | {_range(found, 0)} | {found['median'] / base:.2f} |" for name, found in speeds.items()]
+    return "\n".join(lines)
+
+
+def training_machine() -> str:
+    """Where the training loop was measured."""
+    facts = _result("training_loop")["environment"]
+    flags = [flag for flag in facts["cpu_flags"] if flag.startswith("amx") or "bf16" in flag]
+    return (
+        f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}, torch {facts['versions']['torch']}, "
+        f"{facts['date'][:10]}; instructions for bfloat16: {', '.join(flags) or 'none'}."
+    )
 
 
 def quantization_summary() -> str:
@@ -311,10 +376,15 @@ RENDERERS: dict[str, Callable[[], str]] = {
         qat_accuracy,
         ptq_accuracy,
         charlstm,
+        inductor,
+        inductor_layers,
         quantization_summary,
         minilm,
         minilm_ratios,
         quantize_memory,
+        training_overhead,
+        training_speed,
+        training_machine,
     )
 }
 

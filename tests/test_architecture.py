@@ -17,9 +17,21 @@ FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [path.relative_to(SOURCE).as_posix() for path in FILES]
 
 # Packages that may be imported inside a function: whoever does not use them pays nothing for them.
-OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "sklearn", "transformers"}
+OPTIONAL = {
+    "matplotlib",
+    "mlflow",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "sklearn",
+    "tensorboard",
+    "torchao",
+    "transformers",
+}
 # The measuring process looks at its memory before PyTorch is there.
-LATE = {"measure/worker.py": {"cloudpickle", "torch"}}
+# A single process does not pay for what many need.
+LATE = {"measure/worker.py": {"cloudpickle", "torch"}, "train/loop.py": {"tersor"}}
 
 # Every file that implements a published method.
 METHODS = sorted(
@@ -31,7 +43,13 @@ METHODS = sorted(
     }
     | {
         "core/quantization.py",
+        "distill/ensemble.py",
+        "distill/mutual.py",
         "distill/recover.py",
+        "distill/sequences.py",
+        "distill/students/family.py",
+        "distill/students/shallow.py",
+        "distill/train.py",
         "measure/betting.py",
         "measure/certificate.py",
         "measure/changes.py",
@@ -69,7 +87,8 @@ METHODS = sorted(
         "quantize/smooth.py",
         "quantize/static.py",
         "quantize/weight_only.py",
-        "train/loop.py",
+        "train/average.py",
+        "train/schedule.py",
     }
 )
 
@@ -77,15 +96,16 @@ MOST_ARGUMENTS = 7
 # A command line has its options, a card its sections, a task its splits, a loop its callbacks: each is one flat list,
 # nothing branches.
 MORE_ARGUMENTS = {
+    "cli/distill.py": {"distill_command"},
     "cli/main.py": {"compress_command"},
     "cli/prune.py": {"prune_command"},
     "cli/quantize.py": {"quantize_command"},
     "core/task.py": {"__init__"},
+    "distill/train.py": {"train"},
     "graph/attention.py": {"forward"},  # PyTorch's own signature
     "hf/text.py": {"text_task"},
     "measure/certificate.py": {"certify_metric"},
     "report/card.py": {"render_card"},
-    "train/loop.py": {"fit"},
 }
 
 

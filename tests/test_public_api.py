@@ -8,11 +8,13 @@ import inspect
 import re
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
 import tersor
 from tersor import errors
+from tersor.core import artifact
 
 SOURCE = Path(errors.__file__).parent
 CLASSES = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
@@ -130,6 +132,16 @@ def test_the_rooms_that_are_shown_hold_what_is_promised() -> None:
     assert all(callable(getattr(tersor.prune, name)) for name in ("structured", "unstructured", "Structured"))
     assert all(callable(getattr(tersor.graph, name)) for name in ("couple", "apply_surgery"))
     assert all(callable(getattr(tersor.quantize, name)) for name in ("uniform", "codebook", "normal_float", "Static"))
-    for room in (tersor.prune, tersor.graph, tersor.quantize):
+    assert all(callable(getattr(tersor.distill, name)) for name in ("train", "mutual", "Ensemble", "Recover", "Term"))
+    assert all(callable(getattr(tersor.train, name)) for name in ("fit", "supervised", "Schedule", "Checkpoints"))
+    for room in (tersor.prune, tersor.graph, tersor.quantize, tersor.distill, tersor.train):
         assert room.__all__ == sorted(room.__all__, key=natural)
-        assert [name for name in room.__all__ if not (getattr(room, name).__doc__ or "").strip()] == []
+        public = [getattr(room, name) for name in room.__all__]  # a type alias has no text of its own
+        assert [
+            item for item in public if isinstance(item, type | FunctionType) and not (item.__doc__ or "").strip()
+        ] == []
+
+
+def test_the_manifest_is_no_longer_among_the_first_names() -> None:
+    assert not hasattr(tersor, "Manifest")
+    assert artifact.Manifest.__doc__

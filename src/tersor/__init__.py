@@ -1,7 +1,6 @@
 """tersor makes trained PyTorch models small and fast, and proves what it cost."""
 
-from tersor import graph, measure, prune, quantize
-from tersor.core.artifact import Manifest
+from tersor import distill, graph, measure, prune, quantize, train
 from tersor.core.budget import Budget
 from tersor.core.candidate import Candidate
 from tersor.core.certificate import Certificate
@@ -20,7 +19,6 @@ __all__ = [
     "Budget",
     "Candidate",
     "Certificate",
-    "Manifest",
     "Metric",
     "Recipe",
     "Report",
@@ -31,9 +29,11 @@ __all__ = [
     "TersorError",
     "__version__",
     "compress",
+    "distill",
     "graph",
     "load",
     "measure",
     "prune",
     "quantize",
+    "train",
 ]

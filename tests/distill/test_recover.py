@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +153,45 @@ def test_progress_is_told() -> None:
     Recover(schedule=Schedule(epochs=2, batch_size=24)).apply(Candidate(seeded(Mlp)), watched)
     assert [what[:3] for what in told] == [("recover", done, 4) for done in (1, 2, 3, 4)]
     assert all(set(what[3]) == {"loss", "examples/s"} for what in told)
+
+
+def test_layers_are_compared_and_masks_hold() -> None:
+    module, context = seeded(Cnn), images(labels=True)
+    pruned = Unstructured(sparsity=0.8).apply(Candidate(module), context)
+    done = Recover(losses=["kd", {"hint": {"weight": 0.1}}, "crd", "task"], schedule=SHORT).apply(pruned, context)
+    assert distance(done.module, context) < 0.7 * distance(pruned.module, context)
+    for path, mask in pruned.masks.items():
+        assert (done.module.get_parameter(path)[~mask] == 0).all()
+    notes = done.history[-1].notes
+    assert [note.split(":")[0] for note in notes[1:]] == ["hint", "hint", "crd"]
+    assert set(dict(done.module.named_modules())) == set(dict(module.named_modules()))  # no projector is left behind
+
+
+def test_averaged_weights_stay_pruned() -> None:
+    context = images()
+    pruned = Unstructured(sparsity=0.8).apply(Candidate(seeded(Cnn)), context)
+    schedule = SHORT.model_copy(update={"ema": 0.9})
+    done = Recover(losses="kd", schedule=schedule).apply(pruned, context).module
+    assert all((done.get_parameter(path)[~mask] == 0).all() for path, mask in pruned.masks.items())
+
+
+def test_the_search_split_says_when_to_stop() -> None:
+    x, y = normal(48, 12), integers(4, 48)
+    context = context_for(seeded(Mlp), None, train=(x[:32], y[:32]), search=(x[32:], y[32:]))
+    step = Recover(schedule=Schedule(epochs=9, batch_size=16, lr=1e-9, patience=2))
+    assert step.needs == {"train", "search"}
+    assert Recover().needs == {"train"}
+    notes = step.apply(Candidate(seeded(Mlp)), context).history[-1].notes
+    assert len(notes[0].split(", ")) == 3  # epochs: the best, and two without a better one
+    assert notes[1].startswith("metric on the search split by epoch: ")
+    assert notes[2] == "the weights are those of epoch 1, the best on the search split"
+
+
+def test_a_kept_answer_serves_every_epoch(tmp_path: Path) -> None:
+    context = replace(images(labels=True), directory=tmp_path)
+    step = Recover(losses=["kd", "task"], schedule=SHORT, cache=True)
+    done = step.apply(Candidate(seeded(Cnn)), context)
+    plain = step.model_copy(update={"cache": False}).apply(Candidate(seeded(Cnn)), replace(context, directory=None))
+    for name, value in done.module.state_dict().items():
+        torch.testing.assert_close(value, plain.module.state_dict()[name], rtol=1e-3, atol=1e-5)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".pt"}

@@ -150,6 +150,19 @@ def test_gradients_pass_inside_the_range_and_stop_outside() -> None:
     assert values.grad.tolist() == [0, 1, 1, 0]
 
 
+@settings(max_examples=200, deadline=None)
+@given(arrays, schemes)
+def test_with_and_without_gradients_it_rounds_alike(x: Array, scheme: QuantScheme) -> None:
+    """PyTorch's kernel, which knows the gradient, and the faster operations without."""
+    quantizer, values = calibrated(scheme, x.min(), x.max() / 2), torch.from_numpy(x)
+    with_gradient = quantizer(values.clone().requires_grad_())
+    assert with_gradient.requires_grad
+    assert torch.equal(quantizer(values), with_gradient)
+    with torch.no_grad():
+        assert torch.equal(quantizer(values.clone().requires_grad_()), with_gradient)
+    assert quantizer(values.flatten()[0]).shape == ()
+
+
 def test_it_survives_a_state_dict() -> None:
     quantizer = calibrated(QuantScheme(), np.float32(-1), np.float32(3))
     other = FakeQuantize(QuantScheme())

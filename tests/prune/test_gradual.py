@@ -137,7 +137,7 @@ def test_it_goes_on_from_what_an_earlier_step_removed() -> None:
 
 
 def test_without_labels_it_says_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"prune\.gradual trains with the task's loss, .*recover"):
+    with pytest.raises(DataError, match=r"task's loss needs labels, .*recover"):
         Gradual(sparsity=0.5).apply(Candidate(seeded(Cnn)), context_for(seeded(Cnn), None, train=CNN_DATA))
 
 
@@ -148,6 +148,11 @@ def test_what_cannot_grow_is_refused(step: Any, settings: dict[str, Any]) -> Non
         step(sparsity=0.5, **settings)
     with pytest.raises(ConfigError, match="leave reconstruct to"):
         gradual(seeded(Mlp), training(), Sparsity(amount=0.5, reconstruct="obc"))
+
+
+def test_averaged_weights_are_refused_while_masks_grow() -> None:
+    with pytest.raises(ConfigError, match="leave ema out"):
+        gradual(seeded(Mlp), training(schedule=Schedule(ema=0.9)), Sparsity(amount=0.5))
 
 
 class Watch:

@@ -190,7 +190,7 @@ def test_training_wins_back_what_rounding_cost(problem: Any) -> None:
 
     def distance(candidate: Candidate) -> float:
         with torch.no_grad():
-            return float(kd(answers(candidate, images), seen.original(images), 4.0))
+            return float(LOSSES["kd"](answers(candidate, images), seen.original(images), 4.0))
 
     after_training = Static(**widths).apply(Candidate(problem.model()), seen)
     schedule = Schedule(epochs=3, batch_size=50, lr=0.005)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tersor.core.recipe import Recipe
-from tersor.distill import Recover
+from tersor.distill import EveryKth, Recover
 from tersor.errors import ConfigError, OrderError
 from tersor.prune import (
     DepthStep,
@@ -40,17 +40,35 @@ def test_the_presets_are_the_documented_ones() -> None:
         "int4-weights",
         "int8",
         "int8-dynamic",
+        "iterative-int8",
+        "prune-distill",
         "prune-recover-int8",
+        "qat-distill",
+        "shallow-int8",
         "sparse-recover-int8",
     ]
     assert parse_recipe(preset_text("convert")).steps == ()
     assert parse_recipe(preset_text("int8")).steps == (Static(range_method="mse"),)
     prune, recover, quantize = parse_recipe(preset_text("prune-recover-int8")).steps
     assert prune == Structured(amount=0.3, round_to=4)
-    assert recover == Recover(schedule=Schedule(epochs=1, lr=0.01))
+    losses = [{"kd": {"weight": 0.9, "temperature": 4.0}}, {"task": {"weight": 0.1}}]
+    assert recover == Recover(schedule=Schedule(epochs=1, lr=0.01), losses=losses)
     assert quantize == Static()
     sparse = parse_recipe(preset_text("sparse-recover-int8")).steps
     assert sparse == (Unstructured(sparsity=0.5), recover, quantize)
+    third = Structured(amount=0.16, criterion="l2", round_to=4)
+    assert parse_recipe(preset_text("iterative-int8")).steps == (
+        *(third, Recover(schedule=Schedule(epochs=1, lr=0.01))) * 3,
+        quantize,
+    )
+    prune, recover = parse_recipe(preset_text("prune-distill")).steps
+    assert prune == Structured(target={"macs": 0.5}, criterion="l2", round_to=4)
+    assert recover == Recover(schedule=Schedule(epochs=5, lr=0.02), losses=losses)
+    every_kth, recover, last = parse_recipe(preset_text("shallow-int8")).steps
+    assert (every_kth, last) == (EveryKth(share=0.5), quantize)
+    assert recover == Recover(schedule=Schedule(epochs=3, lr=0.02), losses=losses)
+    (qat,) = parse_recipe(preset_text("qat-distill")).steps
+    assert qat == Qat(weight_bits=4, schedule=Schedule(epochs=2, lr=0.01, weight_decay=1e-4), distill="kd", pack=True)
 
 
 def test_every_setting_survives_the_way_through_yaml() -> None:
@@ -60,11 +78,11 @@ def test_every_setting_survives_the_way_through_yaml() -> None:
             Unstructured(sparsity=1 / 3, floor=0.0),
             Structured(target={"macs": 0.7}, kinds=("channel", "head"), exclude=("head.*", "a*"), compensate=True),
             Structured(allocation={"stem.*": 0.2}, verify="together"),
+            EveryKth(layers=3, keep="last", path="encoder.layers"),
             Recover(
                 schedule=Schedule(epochs=7, lr=1e-5, optimizer="adamw", clip_norm=0.5, warmup=0.25),
-                loss="mse",
-                temperature=1.5,
-                alpha=1.0,
+                losses=["mse", {"hint": {"weight": 2.5, "pairs": [("a", "b[1]")]}}, {"crd": {"width": 7}}],
+                cache=True,
             ),
             Static(),
         ],
@@ -75,6 +93,7 @@ def test_every_setting_survives_the_way_through_yaml() -> None:
 
 def test_every_known_step_has_its_name() -> None:
     assert step_types() == {
+        "distill.every_kth": EveryKth,
         "prune.depth": DepthStep,
         "prune.experts": ExpertsStep,
         "prune.gradual": Gradual,
@@ -112,7 +131,7 @@ def test_a_step_without_settings_may_be_only_its_name() -> None:
         ("steps: {", "not valid YAML: .*line 1"),
         ("steps:\n  - recover\n - static", "not valid YAML: .*line"),
         ("steps: [!!python/object/apply:os.system ['true']]", "not valid YAML"),
-        ("steps: [recover, prun]", r"step 2: expected a step of \['prune.depth', .*got 'prun'"),
+        ("steps: [recover, prun]", r"step 2: expected a step of \['distill.every_kth', .*got 'prun'"),
         ("steps: [5]", "step 1: expected one 'name: settings', got 5"),
         ("steps: [{recover: {}, quantize.static: {}}]", "step 1: expected one 'name: settings'"),
         ("steps: [{recover: 3}]", r"step 1 \(recover\): settings must be a mapping .*got 3"),

@@ -73,9 +73,7 @@ def test_weights_of_another_class_are_refused(tmp_path: Path) -> None:
     context = context_for(module, CNN_DATA, Target("eager", threads=1))
     done = WeightOnly(bits=8).apply(Candidate(frozen_copy(module)), context)
     loaded = exported(done, context, tmp_path, model=lambda: nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(
-        ArtifactError, match=r"do not fit the module .*missing are \['0\.weight'"
-    ):
+    with pytest.raises(ArtifactError, match=r"do not fit the module .*missing are \['0\.weight'"):
         loaded()
 
 

@@ -73,7 +73,7 @@ def attempt(fields, directory, every, bomb):
     projector, counter = nn.Linear(2, 3), Counter()
     task = Task(train=Augmented())
     schedule = Schedule(
-        epochs=5, batch_size=16, ema=0.9, mixup=0.4, label_smoothing=0.1, accumulate=3, patience=4, clip_norm=1.0,
+        epochs=4, batch_size=16, ema=0.9, mixup=0.4, label_smoothing=0.1, accumulate=3, patience=4, clip_norm=1.0,
         **fields,
     )
 
@@ -160,7 +160,7 @@ draw = random.Random(0)
 root = Path(tempfile.mkdtemp(dir=sys.argv[1]))
 for fields in ({"optimizer": "sgd", "lr": 0.1}, {"optimizer": "adamw", "lr": 0.01}):
     expected = child(fields, root / fields["optimizer"] / "whole", 100)
-    for every, wanted in ((1, 8), (3, 5)):
+    for every, wanted in ((1, 7), (3, 4)):
         done = number = 0
         while done < wanted:
             number += 1
@@ -190,12 +190,12 @@ def test_a_training_that_is_killed_anywhere_ends_with_the_same_bits(
     fresh_process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     found = json.loads(fresh_process(KILLS, tmp_path).stdout.splitlines()[-1])
-    assert sum(found["kills"].values()) >= 26
+    assert sum(found["kills"].values()) >= 22
     assert set(found["kills"]) >= {"before step", "loss", "after step", "before replace", "after replace", "sync"}
     assert found["scratch"] > 0  # some were killed while they wrote
     for expected, resumed, left in found["results"]:
         assert resumed == expected
-        assert expected.endswith(" 20")  # five epochs of four steps
+        assert expected.endswith(" 16")  # four epochs of four steps
         assert left == ["training.pt"]
     assert len({expected for expected, _, _ in found["results"]}) == 2
 

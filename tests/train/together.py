@@ -90,8 +90,13 @@ def facts(module: nn.Module, trained: Any, **others: Any) -> dict[str, Any]:
 
 def clean(module: nn.Module) -> bool:
     """Whether nothing is left of having trained in several processes, so that it can be copied, hooked and trained."""
-    plain = all(type(part).__module__ in (__name__, "__main__") or "torch.nn" in type(part).__module__ for part in module.modules())
-    hooks = any(part._forward_hooks or part._forward_pre_hooks or part._state_dict_pre_hooks for part in module.modules())
+    plain = all(
+        type(part).__module__ in (__name__, "__main__") or "torch.nn" in type(part).__module__
+        for part in module.modules()
+    )
+    hooks = any(
+        part._forward_hooks or part._forward_pre_hooks or part._state_dict_pre_hooks for part in module.modules()
+    )
     return plain and not hooks and all(type(value) is nn.Parameter for value in module.parameters())
 
 
@@ -246,7 +251,11 @@ def refused() -> Any:
         train(scalar, parallel="sharded")
     except ConfigError as error:
         errors.append(str(error))
-    return {"errors": errors, "clean": clean(module) and clean(scalar), "start": torch.equal(net().stem.weight, module.stem.weight)}
+    return {
+        "errors": errors,
+        "clean": clean(module) and clean(scalar),
+        "start": torch.equal(net().stem.weight, module.stem.weight),
+    }
 
 
 class Counter:
@@ -324,7 +333,10 @@ JOBS: dict[str, Callable[..., Any]] = {
 
 
 def run(jobs: list[str], directory: Path) -> dict[str, Any]:
-    """The facts of each job: `name`, `sharded:name`, or `kept:5` for one with checkpoints that is killed at step 5."""
+    """The facts of each job: `name`, `sharded:name`, or `kept:5` for one with checkpoints that is killed at step 5.
+
+    What stands behind a `#` only tells one run from another.
+    """
     found = {}
     for job in jobs:
         how, _, name = job.rpartition(":")
@@ -332,7 +344,7 @@ def run(jobs: list[str], directory: Path) -> dict[str, Any]:
         if how.startswith("kept"):
             found[job] = kept(directory / how, die=int(name), still="still" in how, **fields)
         else:
-            found[job] = JOBS[name](**fields)
+            found[job] = JOBS[name.partition("#")[0]](**fields)
     return found
 
 

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -22,7 +23,9 @@ from tersor.distill.students import every_kth, scaled
 from tersor.errors import ConfigError, OutputDirectoryError, UnsupportedError
 from tersor.pipeline.progress import shown
 from tersor.prune import write_pruned
-from tersor.train import Schedule, evaluation
+from tersor.train import Schedule, answers_of, evaluation
+from tersor.train.parallel import refuse_several
+from tersor.train.randomness import callers_kept, seed_all
 
 STUDENT = "student"
 
@@ -50,6 +53,7 @@ def distill_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Train a student to answer like a model; a call that was interrupted goes on when it is repeated."""
+    refuse_several("tersor distill")
     if (out / STUDENT).exists():
         raise OutputDirectoryError(f"{out / STUDENT} already exists; choose another directory or remove it")
     terms, plan = _yaml(losses, "--losses"), Schedule(**_settings(schedule))
@@ -98,9 +102,12 @@ def _student(
             )
         return cut.module, cut.surgery
     if student is None:
-        return scaled(teacher, width=width or 1.0, depth=depth or 1.0, seed=seed), None
-    found = load_object(student, "--student")
-    module = found if isinstance(found, nn.Module) else found()
+        shares = {name: share for name, share in (("width", width), ("depth", depth)) if share is not None}
+        return scaled(teacher, **shares, seed=seed), None
+    with callers_kept(torch.device("cpu")):  # the same weights whenever the call is repeated
+        seed_all(seed, "student")
+        found = load_object(student, "--student")
+        module = found if isinstance(found, nn.Module) else found()
     if not isinstance(module, nn.Module):
         raise ConfigError(f"--student: {student} must give a torch.nn.Module, got {type(module).__name__}")
     return module, None
@@ -108,14 +115,15 @@ def _student(
 
 def _as_data(teacher: nn.Module, done: Distilled, task: Task) -> dict[str, Any]:
     """Numbers of the student beside the teacher's."""
-    evaluate = evaluation(task, teacher)
+    evaluate = evaluation(task, answers_of(teacher, task.output))
+    sign = 1 if task.metric.higher_is_better else -1
     found: dict[str, Any] = {
         "teacher_parameters": sum(parameter.numel() for parameter in teacher.parameters()),
         "student_parameters": sum(parameter.numel() for parameter in done.model.parameters()),
     }
     if evaluate is not None:
-        found[f"teacher_{task.metric.name}_on_search"] = evaluate(teacher)
-        found[f"student_{task.metric.name}_on_search"] = evaluate(done.model)
+        found[f"teacher_{task.metric.name}_on_search"] = sign * evaluate(teacher)
+        found[f"student_{task.metric.name}_on_search"] = sign * evaluate(done.model)
     return found | {"steps": done.trained.steps, "losses": done.trained.losses, "notes": list(done.notes)}
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.core.split import Split
+from tersor.core.task import Task
+from tersor.train.parallel import join
 from tersor.train.randomness import callers_kept, seed_all
 
 SAMPLED = 64  # examples that stand for a split
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and every bit."""
+    """Of names, types, shapes and every bit; of what is spread over processes, this one's part."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -31,11 +35,18 @@ def model_hash(module: nn.Module) -> str:
     return hashlib.sha256(f"{printed}{tensors_hash(module.state_dict())}".encode()).hexdigest()
 
 
-def sample_hash(split: Split) -> str:
-    """Of the number of examples, and of some with their labels; what they draw at random is seeded."""
+def identity_of(task: Task, teachers: Sequence[nn.Module], *facts: str, device: torch.device) -> str:
+    """What a checkpoint knows of the training that it belongs to, beside the student: its teachers and its data.
+
+    Of the data, the number of examples, and some of them with their labels; what they draw at random is seeded. Of
+    several processes, which train on `device`, the first one's counts.
+    """
+    split = task.require("train", "distillation")
     positions = np.unique(np.linspace(0, len(split) - 1, min(SAMPLED, len(split))).round().astype(np.int64))
     with callers_kept(torch.device("cpu")):
         seed_all("identity")
         batch = split.batch(positions)
     labels = {} if batch.labels is None else {"labels": torch.as_tensor(batch.labels)}
-    return f"{len(split)} {tensors_hash(batch.tensors() | labels)}"
+    known = [*facts, str(len(split)), tensors_hash(batch.tensors() | labels), *map(model_hash, teachers)]
+    first: str = join(device).gathered(hashlib.sha256(json.dumps(known).encode()).hexdigest())[0]
+    return first

@@ -18,7 +18,7 @@ from tersor.core.task import Role
 from tersor.distill.objective import Objective, check_examples
 from tersor.distill.terms import Losses
 from tersor.errors import ConfigError
-from tersor.train import Checkpoints, Hooks, Schedule, evaluation, fit
+from tersor.train import Checkpoints, Hooks, Schedule, answers_of, evaluation, fit
 
 
 class Recover(Losses, Step):
@@ -42,10 +42,10 @@ class Recover(Losses, Step):
 
     def check(self, context: Context) -> None:
         """Raises `ConfigError` or `DataError` if the examples do not suit the losses, the cache or mixup."""
-        split = context.task.require("train", self.name)
+        context.task.require("train", self.name)
         if self.cache and context.directory is None:
             raise ConfigError(f"{self.name}.cache needs a run directory to keep the original's answers in")
-        check_examples(self.losses, split, self.schedule, cached=self.cache)
+        check_examples(self.losses, context.task, self.schedule, cached=self.cache)
 
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Trains a copy."""
@@ -70,7 +70,7 @@ class Recover(Losses, Step):
             seed=context.seed,
             hooks=Hooks(
                 after_step=lambda: apply_masks(fresh.module, fresh.masks),
-                evaluate=evaluation(context.task, context.original),
+                evaluate=evaluation(context.task, answers_of(context.original, context.task.output)),
                 progress=partial(context.progress, self.name),
                 companions=objective.companions,
             ),

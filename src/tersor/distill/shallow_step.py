@@ -6,11 +6,12 @@ import time
 from typing import ClassVar
 
 from pydantic import Field, model_validator
+from torch import nn
 
-from tersor.core.candidate import Candidate, frozen_copy
+from tersor.core.candidate import Candidate
 from tersor.core.context import Context
 from tersor.core.step import Kind, Step
-from tersor.distill.students.repeats import find_repeats
+from tersor.distill.students.repeats import Repeats, find_repeats
 from tersor.distill.students.shallow import Keep, every_kth
 from tersor.errors import SurgeryError
 
@@ -38,18 +39,22 @@ class EveryKth(Step):
             raise ValueError("expected either layers or share, not both")
         return self
 
+    def check(self, context: Context) -> None:
+        """Raises `ModelError` if the original has no repeated layers, `ConfigError` if the path is no list of it."""
+        self._rows(context.original)
+
     def apply(self, candidate: Candidate, context: Context) -> Candidate:
         """Cuts a copy; `ConfigError` or `ModelError` if layers, path or model do not fit."""
         started = time.perf_counter()
+        fresh = candidate.for_weights()
         layers = self.layers
         if layers is None:
-            rows = find_repeats(candidate.module, None if self.path is None else [self.path])
-            longest = max(rows, key=lambda row: len(row.blocks))
+            longest = max(self._rows(fresh.module), key=lambda row: len(row.blocks))
             share = DEFAULT_SHARE if self.share is None else self.share
             layers = max(longest.least, round(share * len(longest.blocks)))
         example = context.task.example(2)
         student = every_kth(
-            candidate.module,
+            fresh.module,
             layers=layers,
             keep=self.keep,
             path=self.path,
@@ -57,10 +62,13 @@ class EveryKth(Step):
         )
         if student.surgery is None:
             raise SurgeryError(
-                f"{type(candidate.module).__name__} is configured layer by layer, in a way that an artifact cannot "
+                f"{type(fresh.module).__name__} is configured layer by layer, in a way that an artifact cannot "
                 "write down; make the student by tersor.distill.students.every_kth, train it by tersor.distill.train "
                 "and compress that"
             )
         notes = [f"layers that stay in {path or 'the model'!r}: {list(kept)}" for path, kept in student.layers.items()]
-        done = candidate.after(student.surgery, frozen_copy(student.module))
+        done = fresh.after(student.surgery, student.module.eval().requires_grad_(False))
         return done.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)
+
+    def _rows(self, module: nn.Module) -> list[Repeats]:
+        return find_repeats(module, None if self.path is None else [self.path])

@@ -24,6 +24,7 @@ from tersor.distill.identity import model_hash, tensors_hash
 from tersor.errors import ConfigError, IntegrityError
 from tersor.probe.outputs import Outputs
 from tersor.train.metric import home_of
+from tersor.train.parallel import join
 from tersor.train.randomness import callers_kept, seed_all
 
 OUTPUTS = "outputs"
@@ -105,8 +106,9 @@ class CachedTeacher:
         self, live: LiveTeacher, split: Split, directory: Path, *, device: torch.device, batch_size: int = 256
     ) -> None:
         self.path = directory / f"teacher-{_fingerprint(live, split, device)}.safetensors"
-        for scratch in directory.glob(f".{self.path.name}.*"):
-            scratch.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        if join(device).size == 1:  # others may be writing it at this moment
+            for scratch in directory.glob(f".{self.path.name}.*"):
+                scratch.unlink(missing_ok=True)  # of a process that was killed while it wrote
         if not self.path.exists():
             answers = _asked(live, split, device, batch_size)
             write_whole(self.path, save(answers, metadata={"sha256": tensors_hash(answers)}))

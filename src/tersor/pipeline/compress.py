@@ -42,6 +42,7 @@ from tersor.pipeline.progress import shown
 from tersor.pipeline.run_directory import RunDirectory
 from tersor.report import render_card, render_html, render_table
 from tersor.runtimes.parity import check_parity
+from tersor.train.parallel import refuse_several
 
 logger = logging.getLogger("tersor")
 
@@ -115,6 +116,7 @@ def compress(
     Raises:
         TersorError: see `tersor.errors`; whatever is wrong is said before work begins where that is possible.
     """
+    refuse_several("tersor.compress")
     plan = make_plan(model, task, budget=budget or Budget(), target=target or Target(), recipe=recipe, seed=seed)
     run = RunDirectory(Path(out), plan.fingerprint())
     run.claim()
@@ -143,6 +145,7 @@ def run_recipe(plan: Plan, run: RunDirectory, progress: Progress) -> Candidate:
         if candidate.plan is None or step.rebuilds:  # other quantization is quick, so simply done again
             run.save_stage(position, candidate)
         shutil.rmtree(run.work(position), ignore_errors=True)
+    shutil.rmtree(run.unfinished, ignore_errors=True)
     return candidate
 
 

@@ -30,7 +30,11 @@ _PLAN = "plan"
 
 
 class RunDirectory:
-    """A run: `run.json` (whose), `stages/` (of finished steps), `work/` (of an unfinished one), `artifact/` (the result)."""
+    """A run.
+
+    `run.json` says whose it is, `stages/` holds what finished steps left, `work/` what an unfinished one needs to go
+    on, `artifact/` is the result.
+    """
 
     def __init__(self, path: Path, fingerprint: dict[str, str]) -> None:
         self.path = path
@@ -48,7 +52,12 @@ class RunDirectory:
 
     def work(self, position: int) -> Path:
         """Where the step at `position` keeps what it needs to go on after an interruption; gone once it is done."""
-        return self.path / "work" / f"{position:02d}"
+        return self.unfinished / f"{position:02d}"
+
+    @property
+    def unfinished(self) -> Path:
+        """What all steps keep while they are not done; nothing of it is needed once the last one is."""
+        return self.path / "work"
 
     def claim(self) -> None:
         """Takes the directory for this run, or takes it up again.

@@ -172,7 +172,7 @@ class _Tap:
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if not any(isinstance(hook, _Tap) for hook in hooks):
             own = module.__dict__.pop("forward", None)
-            if own != module.forward:  # somebody else's
+            if own is not None and own != module.forward:  # somebody else's
                 module.__dict__["forward"] = own
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:

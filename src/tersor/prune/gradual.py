@@ -133,9 +133,12 @@ def gradual(
         measure: `module -> evidence`, asked before every update of the masks, for criteria that need data.
 
     Raises:
-        ConfigError: if the amount is not free: with a threshold, an N:M pattern or amounts per layer.
+        ConfigError: if the amount is not free: with a threshold, an N:M pattern or amounts per layer; or if weights
+            are averaged.
     """
     amount = growing(settings)
+    if training.schedule.ema is not None:
+        raise ConfigError("averaged weights (ema) remember what has gone since: leave ema out while masks grow")
     plan = (over or SparsitySchedule()).plan(amount, training.steps)
     grown = Grown(masks=dict(masks or {}))
     if 0 in plan:

@@ -118,7 +118,8 @@ def qat(
     """Trains a copy of the model while it computes with rounded numbers; see `Qat`.
 
     ```python
-    quantized = tersor.quantize.qat(model, task, weight_bits=4, activation_bits=4, distillation=tersor.distill.distances()["kd"])
+    kd = tersor.distill.distances()["kd"]
+    quantized = tersor.quantize.qat(model, task, weight_bits=4, activation_bits=4, distillation=kd)
     ```
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.quantization import QuantScheme
-from tersor.graph.fake_quantize import SMALLEST_SCALE, FakeQuantize
+from tersor.graph.fake_quantize import SMALLEST_SCALE, FakeQuantize, rounded_to
 
 Method = Literal["lsq", "lsq+", "pact"]
 
@@ -143,15 +143,6 @@ def _inside(gradient: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor,
 
 def _bounded(gradient: Tensor) -> Tensor:
     return gradient.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT)
-
-
-def rounded_to(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
-    """What `FakeQuantize` does, bit by bit; for whole tensors about five times as fast as PyTorch's kernel on a CPU."""
-    if scheme.axis is None:
-        offset = int(zero_point)
-        codes = values.mul(1 / scale).round_().clamp_(scheme.qmin - offset, scheme.qmax - offset)
-        return codes.mul_(scale)
-    return torch.fake_quantize_per_channel_affine(values, scale, zero_point, scheme.axis, scheme.qmin, scheme.qmax)
 
 
 def _gradient_factor(step: LearnedStep, values: Tensor, zero_point: Tensor) -> Tensor | float:

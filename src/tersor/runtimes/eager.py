@@ -87,7 +87,7 @@ class Eager(Runtime):
                 module = copy.deepcopy(module)  # what `model` gave may be in use, and this becomes another model
             floats = {name: torch_storage.decoded(weight) for name, weight in stored.weights.items()}
             torch_storage.fill(module, stored.tensors | floats)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
             raise ArtifactError(
                 f"the weights in {directory / FILE} do not fit the module that model() returned: "
                 f"{' '.join(str(error).split())[:300]}"

@@ -24,8 +24,8 @@ class Inductor(Eager):
     """The artifacts of `eager`, compiled at the first call of each new shape; needs a C++ compiler.
 
     Linear layers of dynamic plans run on `torch._int_mm`; all other weights in few bits are decoded when they are
-    loaded. PyTorch's products with weights of 4 and 8 bits are left aside: on a CPU they took 30 to 100 times as long
-    as float32 (see docs/runtimes.md).
+    loaded. PyTorch's products of floats with weights of 4 and 8 bits are left aside: on a CPU they took many times as
+    long as those in float32 (docs/runtimes.md).
     """
 
     name: ClassVar[str] = "inductor"

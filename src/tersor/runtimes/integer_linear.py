@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tersor.runtimes.stored_weights import StoredWeight
 
+FEWEST_INPUTS = 2
 LEVELS = 255
 MIDDLE = 128  # uint8 codes less 128 are int8 codes; every PyTorch multiplies int8 with int8
 
@@ -23,7 +24,8 @@ class IntegerLinear(nn.Module):
     The product is exact, in int32. Jacob et al. 2018, https://arxiv.org/abs/1712.05877.
 
     Args:
-        weight: `[O, K]`, symmetric, one scale per output.
+        weight: `[O, K]` with `K` of at least 2, symmetric, one scale per output. PyTorch 2.13 multiplies matrices of a
+            single inner index wrongly.
         bias: `[O]`, or None.
         turned: Whether the layer that this stands for keeps its weight as `[K, O]`.
     """
@@ -53,7 +55,7 @@ class IntegerLinear(nn.Module):
         """`[…, K]` -> `[…, O]`."""
         low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
         step = (high - low) / LEVELS
-        step = torch.where(step > 0, step, torch.ones_like(step))
+        step = torch.where(step == 0, torch.ones_like(step), step)  # NaN stays
         zero_point = (-low / step).clamp(0, LEVELS).round()
         rows = values.reshape(-1, values.shape[-1])
         codes = (((rows / step).round() + zero_point).clamp(0, LEVELS) - MIDDLE).to(torch.int8)
@@ -80,7 +82,7 @@ def with_integer_layers(module: nn.Module, weights: Mapping[str, StoredWeight]) 
         if not turned and type(layer) is not nn.Linear:
             continue
         stored = weights.get(first.get(id(layer.weight), ""))
-        if stored is None:
+        if stored is None or stored.shape[0 if turned else 1] < FEWEST_INPUTS:
             continue
         if id(layer) not in made:
             bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None

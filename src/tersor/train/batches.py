@@ -61,3 +61,11 @@ class StepBatches(Dataset[Batch]):
             num_workers=self.schedule.workers,
             generator=torch.Generator().manual_seed(0),
         )
+
+
+def named(batch: Batch) -> str:
+    """The first examples of a batch, for a message."""
+    if batch.positions is None:
+        return ""
+    shown = batch.positions[:4].tolist()
+    return f". The batch holds the examples {', '.join(map(str, shown))}, … of the split"

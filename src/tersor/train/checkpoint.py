@@ -28,7 +28,7 @@ DIGEST = 32  # bytes
 FORMAT = 1  # of what a checkpoint holds
 PLAIN = {bool, int, float, str, type(None)}
 # Fields of a schedule that change where and how a training runs, not what it is.
-ELSEWHERE = {"workers", "device"}
+ELSEWHERE = {"workers", "device", "parallel"}
 
 
 @dataclass(frozen=True)

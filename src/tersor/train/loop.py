@@ -17,11 +17,11 @@ from tersor.core.batch import Batch
 from tersor.core.split import Split
 from tersor.errors import ConfigError, ModelError, NonFiniteError
 from tersor.train.average import Average, tensors_of
-from tersor.train.batches import StepBatches
+from tersor.train.batches import StepBatches, named
 from tersor.train.checkpoint import Checkpoints, Keeper, fingerprint_of
 from tersor.train.hooks import BatchLoss, Hooks
 from tersor.train.parallel import World, join
-from tersor.train.placement import device_of, moved, placed
+from tersor.train.placement import arithmetic, device_of, moved, placed
 from tersor.train.randomness import callers_kept, seed_all
 from tersor.train.schedule import Schedule
 from tersor.train.strategy import Replicated, Strategy
@@ -243,7 +243,7 @@ class _Training:
         if not math.isfinite(mean):
             raise NonFiniteError(
                 f"the training loss became {mean} in epoch {epoch}, step {within} (learning rate {lr:.2g}); lower lr "
-                "or set clip_norm" + _named(batch)
+                "or set clip_norm" + named(batch)
             )
         if self.schedule.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -281,7 +281,7 @@ class _Training:
             piece = batch if parts == 1 else batch.map(lambda value, a=start, b=end: value[a:b])  # type: ignore[misc]
             last = part == parts - 1
             with self.strategy.accumulating(wrapped) if not last else nullcontext():
-                with self._autocast():
+                with arithmetic(self.schedule, self.device):
                     value: Tensor = wrapped(piece)
                 if value.ndim:
                     raise ConfigError(
@@ -292,10 +292,6 @@ class _Training:
                 self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             total += float(share.detach())
         return total
-
-    def _autocast(self) -> torch.autocast:
-        dtype = torch.bfloat16 if self.schedule.precision == "float32" else getattr(torch, self.schedule.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.schedule.precision != "float32")
 
     def _end_epoch(self) -> None:
         self.done.losses.append(sum(self.running) / len(self.running))
@@ -391,10 +387,3 @@ class _Training:
         if not self.hooks.stateful:
             return []
         return self.world.gathered({name: item.state_dict() for name, item in self.hooks.stateful.items()})
-
-
-def _named(batch: Batch) -> str:
-    if batch.positions is None:
-        return ""
-    shown = batch.positions[:4].tolist()
-    return f". The batch holds the examples {', '.join(map(str, shown))}, … of the split"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from tersor.errors import ConfigError, DistributedError
@@ -133,7 +134,7 @@ def join(device: torch.device) -> World:
             return World(device=device)
         try:
             store, rank, size = next(rendezvous("env://"))
-            store = distributed.PrefixStore(_attempt(), store)
+            store = distributed_c10d.PrefixStore(_attempt(), store)
             kind = "nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(kind, store=store, rank=rank, world_size=size)
         except (RuntimeError, ValueError) as error:
@@ -144,6 +145,17 @@ def join(device: torch.device) -> World:
             ) from error
         atexit.register(_leave)
     return World(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def refuse_several(what: str) -> None:
+    """Raises `ConfigError` if several processes do `what`, which is one process's work."""
+    joined = distributed.is_available() and distributed.is_initialized()
+    size = distributed.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise ConfigError(
+            f"{what} is the work of one process, but {size} were started; train with tersor.train.fit or "
+            "tersor.distill.train under torchrun, save what the first process has, and go on without torchrun"
+        )
 
 
 def _attempt() -> str:

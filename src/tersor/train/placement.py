@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,13 @@ def _channels_last(module: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
 
 def _home(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+
+
+def arithmetic(schedule: Schedule, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, the forward pass computes in the schedule's precision."""
+    if schedule.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, schedule.precision))
 
 
 def moved(batch: Batch, schedule: Schedule, device: torch.device) -> Batch:

@@ -22,7 +22,7 @@ def seed_all(*key: int | str) -> None:
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
     np.random.seed(int.from_bytes(digest[:4], "little"))
-    random.seed(digest)
+    random.seed(seed)
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class Replicated(Strategy):
             return
         # Losses on features leave a head without gradients, so unused parameters are nothing unusual here. Buffers
         # are made equal by the loop, after every step.
-        yield DistributedDataParallel(objective, find_unused_parameters=True, **{EQUAL_BUFFERS: False})
+        options: dict[str, Any] = {EQUAL_BUFFERS: False}
+        yield DistributedDataParallel(objective, find_unused_parameters=True, **options)
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Inside, gradients of a wrapped module add up and are not yet exchanged."""
