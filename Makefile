@@ -55,6 +55,10 @@ bench: $(VENV)/.bench ## all benchmarks; DATA points to images, texts and weight
 	$(BIN)/python benchmarks/minilm_int8.py --data $(DATA) --encoder $(ENCODER) --out benchmarks/results/minilm_int8.json
 	$(BIN)/python benchmarks/quantize_memory.py --out benchmarks/results/quantize_memory.json
 	$(BIN)/python benchmarks/inductor.py --out benchmarks/results/inductor.json
+	$(BIN)/python benchmarks/training_loop.py --threads 2
+	$(BIN)/python benchmarks/distillation.py --data $(DATA) --out benchmarks/results/distillation.json
+	$(BIN)/python benchmarks/distillation_text.py --data $(DATA) --encoder $(ENCODER) --out benchmarks/results/distillation_text.json
+	$(BIN)/python benchmarks/pipelines.py --data $(DATA) --out benchmarks/results/pipelines.json
 
 clean:
 	rm -rf $(VENV) runs

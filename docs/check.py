@@ -360,6 +360,88 @@ def quantization_summary() -> str:
     return "\n".join(lines)
 
 
+def distillation() -> str:
+    """Students from scratch with each loss."""
+    result = _result("distillation")
+    rows = [row for row in result["rows"] if row["kind"] == "student"]
+    plain = {row["seed"]: row["top1"] for row in rows if row["name"] == "none"}
+    lines = [
+        "| loss | seeds | top-1, % | gain over labels alone, same seed | processor minutes |",
+        "|---|---:|---|---|---:|",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        of_name = sorted((row for row in rows if row["name"] == name), key=lambda row: row["seed"])
+        gains = [row["top1"] - plain[row["seed"]] for row in of_name]
+        gain = "" if name == "none" else _spread(gains, "+.2f")
+        minutes = sum(row["processor_seconds"] for row in of_name) / len(of_name) / 60
+        label = "labels alone" if name == "none" else name
+        top1 = _spread([row["top1"] for row in of_name], ".2f")
+        lines.append(f"| {label} | {len(of_name)} | {top1} | {gain} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], form: str) -> str:
+    """The mean, and smallest to largest if there are several."""
+    mean = f"{sum(values) / len(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def distillation_recovery() -> str:
+    """ResNet-56 without half of its work, trained with and without its original."""
+    lines = ["| learns from | pruned, untrained | after training | drop [95 % interval] |", "|---|---:|---:|---|"]
+    for row in _result("distillation")["rows"]:
+        if row["kind"] == "recovery":
+            label = "labels alone" if row["name"] == "none" else "labels and original"
+            lines.append(
+                f"| {label} | {row['pruned_top1']:.2f} | {row['recovered_top1']:.2f} | {_drop(row, 'recovered')} |"
+            )
+    return "\n".join(lines)
+
+
+def distillation_speed() -> str:
+    """The teacher asked each time, and its answers kept."""
+    found = _result("distillation")["speed"]
+    medians = {how: sorted(values)[len(values) // 2] for how, values in found["examples_per_second"].items()}
+    return (
+        f"ResNet-56 teaches ResNet-20: {medians['asked']:.0f} examples per second asked each time, "
+        f"{medians['kept']:.0f} with answers kept: {found['ratio']:.2f}x "
+        f"({found['ratio_low']:.2f} to {found['ratio_high']:.2f}, "
+        f"n = {found['n']} pairs of processes, {found['threads']} thread(s))."
+    )
+
+
+def distillation_text() -> str:
+    """MiniLM with fewer layers."""
+    result = _result("distillation_text")
+    lines = [
+        f"| layers | learns from | top-1, % (teacher {result['teacher_top1']:.2f}) | of the teacher's | "
+        "drop [95 % interval] |",
+        "|---:|---|---:|---:|---|",
+    ]
+    for row in result["rows"]:
+        label = "labels alone" if row["name"] == "none" else f"labels, {row['name']}"
+        share = row["student_top1"] / result["teacher_top1"]
+        top1, drop = row["student_top1"], _drop(row, "student")
+        lines.append(f"| {row['layers']} | {label} | {top1:.2f} | {share:.1%} | {drop} |")
+    return "\n".join(lines)
+
+
+def pipelines() -> str:
+    """Every preset on ResNet-20."""
+    lines = [
+        "| preset | drop, points | at most, at 95 % | batch 1, ms (float) | faster | kB (float) | minutes |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in _result("pipelines")["rows"].items():
+        found = row["certificate"]
+        lines.append(
+            f"| `{name}` | {100 * found['drop']:+.2f} | {100 * found['upper_bound']:.2f} | "
+            f"{row['latency_ms']['median']:.2f} ({row['float_latency_ms']:.2f}) | {row['speed_up']:.2f}x | "
+            f"{row['size_bytes'] / 1000:,.0f} ({row['float_size_bytes'] / 1000:,.0f}) | {row['seconds'] / 60:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -385,6 +467,11 @@ RENDERERS: dict[str, Callable[[], str]] = {
         training_overhead,
         training_speed,
         training_machine,
+        distillation,
+        distillation_recovery,
+        distillation_speed,
+        distillation_text,
+        pipelines,
     )
 }
 

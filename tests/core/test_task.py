@@ -358,10 +358,27 @@ def test_the_default_loss_is_cross_entropy_for_classes_and_for_tokens() -> None:
     assert float(task.loss(tokens, targets)) == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
-@pytest.mark.parametrize("bad", [5, -1, -100])
+@pytest.mark.parametrize("bad", [5, -1, -99])
 def test_the_default_loss_refuses_labels_out_of_range(bad: int) -> None:
     with pytest.raises(DataError, match=rf"0\.\.4, got {bad}"):
         Task(report=(X, Y)).loss(normal(3, 5), torch.tensor([0, bad, 1]))
+
+
+def test_the_default_loss_leaves_out_what_has_no_label() -> None:
+    task, outputs = Task(report=(X, Y)), normal(3, 5)
+    kept = task.loss(outputs, torch.tensor([0, -100, 1]))
+    torch.testing.assert_close(kept, task.loss(outputs[[0, 2]], torch.tensor([0, 1])))
+
+
+def test_smoothed_labels_are_pytorch_s_and_only_of_the_default_loss() -> None:
+    outputs, labels = normal(3, 5), torch.tensor([0, 4, 1])
+    smoothed = Task(report=(X, Y)).smoothed_loss(outputs, labels, 0.2)
+    torch.testing.assert_close(smoothed, functional.cross_entropy(outputs, labels, label_smoothing=0.2))
+    own = Task(report=(X, Y), loss=functional.cross_entropy)
+    own.check_smoothing(0.0)
+    torch.testing.assert_close(own.smoothed_loss(outputs, labels, 0.0), functional.cross_entropy(outputs, labels))
+    with pytest.raises(ConfigError, match="a loss of your own must do it itself"):
+        own.check_smoothing(0.1)
 
 
 def test_the_default_loss_refuses_labels_that_are_no_classes() -> None:

@@ -163,7 +163,7 @@ def test_layers_are_compared_and_masks_hold() -> None:
     for path, mask in pruned.masks.items():
         assert (done.module.get_parameter(path)[~mask] == 0).all()
     notes = done.history[-1].notes
-    assert [note.split(":")[0] for note in notes[1:]] == ["hint", "hint", "crd"]
+    assert [note.split(":")[0] for note in notes[1:]] == ["hint", "crd"]
     assert set(dict(done.module.named_modules())) == set(dict(module.named_modules()))  # no projector is left behind
 
 

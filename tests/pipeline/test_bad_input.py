@@ -442,7 +442,7 @@ def check_goes_on(problem: Any, disk: Path, target: tersor.Target, recipe: Any, 
     [
         (16, 16, EAGER, "convert", []),
         (240, 0, EAGER, tersor.Recipe(TRAINING.steps[:1]), ["run.json", "stages"]),
-        (400, 0, EAGER, TRAINING, ["run.json", "stages", "stages/01.safetensors"]),
+        (400, 0, EAGER, TRAINING, ["run.json", "stages", "stages/01.safetensors", "work", "work/02"]),
         (120, 0, EAGER, "convert", ["run.json"]),
         pytest.param(120, 0, ONNX, "convert", ["run.json"], marks=pytest.mark.slow),
         pytest.param(120, 0, OPENVINO, "convert", ["run.json"], marks=pytest.mark.slow),

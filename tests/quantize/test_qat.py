@@ -438,7 +438,7 @@ def test_settings_that_cannot_work_are_named(settings: dict[str, Any], said: str
 
 def test_what_is_missing_is_named() -> None:
     module = seeded(Mlp)
-    with pytest.raises(ConfigError, match=r"quantize\.qat has no labels to learn from.*\['kd'\]"):
+    with pytest.raises(ConfigError, match=r"quantize\.qat has no labels to learn from.*\['dist', .*'kd', "):
         Qat().apply(Candidate(module), context(module, MLP_DATA))
     with pytest.raises(DataError, match=r"quantize\.qat needs a 'train' split"):
         Qat().apply(Candidate(module), context_for(module, MLP_DATA))
@@ -478,3 +478,12 @@ def test_an_interrupted_training_goes_on_in_its_stage(
     assert told == [5, 6]
     assert state_hash(done.module) == state_hash(whole.module)
     assert done.plan == whole.plan
+
+
+def test_the_record_has_the_bits_of_every_layer() -> None:
+    module, found = cnn()
+    record = Qat(weight_bits=4, schedule=SHORT).apply(Candidate(module), found).history[-1].quantization
+    assert record is not None
+    bits = {layer.name: layer.weight_bits for layer in record.layers}
+    assert set(bits.values()) == {4, 8}
+    assert [name for name, width in bits.items() if width == 8] == [record.layers[0].name, record.layers[-1].name]

@@ -25,6 +25,7 @@ from tersor.errors import ConfigError
 from tersor.graph.capture import input_tensors
 from tersor.quantize.finish import finish
 from tersor.quantize.prepare import Prepared, batches_of, prepare
+from tersor.quantize.record import record_of
 from tersor.quantize.residual import spare_residuals
 from tersor.quantize.static import cautions, summary
 from tersor.quantize.student import Grid, Student, deployed, install
@@ -122,7 +123,9 @@ class Qat(Widths, Step):
             *cautions(prepared, student.unreached),
         ]
         done = replace(candidate, module=module, plan=plan, simulation=prepared.simulation.eval())
-        return done.record(self.name, self.model_dump(mode="json"), time.perf_counter() - started, notes)
+        widths = record_of(prepared, context.task.example(1))
+        seconds = time.perf_counter() - started
+        return done.record(self.name, self.model_dump(mode="json"), seconds, notes, quantization=widths)
 
     def resume(self, candidate: Candidate, context: Context) -> Candidate:
         """Builds the simulation anew from the module and the plan that an earlier `apply` left."""
