@@ -386,6 +386,33 @@ def _spread(values: list[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
+def distillation_summary() -> str:
+    """The rows that the README shows."""
+    images, texts = _result("distillation"), _result("distillation_text")
+    students = [row for row in images["rows"] if row["kind"] == "student"]
+    plain = {row["seed"]: row["top1"] for row in students if row["name"] == "none"}
+    gains = [row["top1"] - plain[row["seed"]] for row in students if row["name"] == "kd"]
+    lines = [
+        "| student | teacher | result |",
+        "|---|---|---|",
+        f"| ResNet-20 from scratch | ResNet-56 | over labels alone: {_spread(gains, '+.2f')} points, {len(gains)} seeds |",
+    ]
+    for row in texts["rows"]:
+        if row["name"] == "kd":
+            alone = next(r for r in texts["rows"] if r["layers"] == row["layers"] and r["name"] == "none")
+            shares = [found["student_top1"] / texts["teacher_top1"] for found in (row, alone)]
+            lines.append(
+                f"| MiniLM, {row['layers']} of 6 layers | MiniLM, SST-2 | {shares[0]:.1%} of the teacher's accuracy; "
+                f"without it {shares[1]:.1%} |"
+            )
+    pruned = {row["name"]: row for row in images["rows"] if row["kind"] == "recovery"}
+    lines.append(
+        f"| ResNet-56 without half of its MACs | the whole one | drop {_drop(pruned['kd'], 'recovered')} points after "
+        f"an epoch; labels alone {_drop(pruned['none'], 'recovered')} |"
+    )
+    return "\n".join(lines)
+
+
 def distillation_recovery() -> str:
     """ResNet-56 without half of its work, trained with and without its original."""
     lines = ["| learns from | pruned, untrained | after training | drop [95 % interval] |", "|---|---:|---:|---|"]
@@ -468,6 +495,7 @@ RENDERERS: dict[str, Callable[[], str]] = {
         training_speed,
         training_machine,
         distillation,
+        distillation_summary,
         distillation_recovery,
         distillation_speed,
         distillation_text,

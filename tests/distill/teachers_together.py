@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from tersor.core.batch import Batch
-from tersor.core.split import Split
+from tersor.core.task import Task
+from tersor.distill import train
 from tersor.distill.spread import held_bytes, spread
 from tersor.errors import ConfigError
-from tersor.train import Schedule, fit
+from tersor.train import Schedule
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 torch.set_num_threads(1)
@@ -126,13 +126,8 @@ def distilled(parallel: str) -> dict[str, Any]:
         teacher, student = seeded(mlp), seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6)))
         answering = teacher if how is None else spread(teacher, how)
 
-        def loss(module: nn.Module, batch: Batch, answering: nn.Module = answering) -> Tensor:
-            with torch.no_grad():
-                expected = answering(*batch.args)
-            return functional.mse_loss(batch.call(module), expected)
-
         schedule = Schedule(epochs=2, batch_size=8, parallel=parallel)
-        fit(student, Split("train", x), loss, schedule=schedule, seed=0)
+        student = train(student, answering, Task(train=x), losses="mse", schedule=schedule).model
         students.append(student.state_dict())
     apart = [float((students[0][name] - other[name]).abs().max()) for other in students[1:] for name in other]
     return {"apart": max(apart)}

@@ -16,9 +16,9 @@ from torch import nn
 
 import tersor
 from tersor.core.artifact import SURGERY, parse_surgeries, read_manifest
+from tersor.core.weights import tensors_hash
 from tersor.distill import Recover
 from tersor.errors import ArtifactError, IntegrityError
-from tersor.pipeline.plan import tensors_hash
 from tersor.prune import Structured, Unstructured
 from tersor.quantize import Static
 from tersor.train import Schedule

@@ -1,8 +1,10 @@
-"""Reads weights from disk without executing anything that the file says."""
+"""Weights: read from disk without executing anything that the file says, and hashed."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -53,3 +55,14 @@ def fill(module: nn.Module, path: str | Path) -> nn.Module:
             f"the weights in {path} do not fit {type(module).__name__}: {' '.join(str(error).split())}"
         ) from (None)
     return module.eval()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of named tensors: names, types, shapes and every bit; of what is spread over processes, this one's part."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

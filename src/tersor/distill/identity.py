@@ -5,28 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.task import Task
+from tersor.core.weights import tensors_hash
 from tersor.train.parallel import join
 from tersor.train.randomness import callers_kept, seed_all
 
 SAMPLED = 64  # examples that stand for a split
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and every bit; of what is spread over processes, this one's part."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if hasattr(tensor, "to_local"):
-            tensor = tensor.to_local()
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def model_hash(module: nn.Module) -> str:

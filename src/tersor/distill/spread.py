@@ -94,6 +94,7 @@ class Spread(nn.Module):
     def __init__(self, module: nn.Module, world: World) -> None:
         super().__init__()
         self.module, self.world = module, world
+        self.eval()  # who trains with a teacher in evaluation mode takes it as it is, and no copy
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,8 @@ from tersor.core.batch import Batch, select_output
 from tersor.core.candidate import frozen_copy
 from tersor.core.files import write_whole
 from tersor.core.split import Split
-from tersor.distill.identity import model_hash, tensors_hash
+from tersor.core.weights import tensors_hash
+from tersor.distill.identity import model_hash
 from tersor.errors import ConfigError, IntegrityError
 from tersor.probe.outputs import Outputs
 from tersor.train.metric import home_of

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.artifact import dump_surgeries
 from tersor.core.batch import select_output
@@ -23,6 +22,7 @@ from tersor.core.signature import Signature, input_names, signature_of
 from tersor.core.split import Split
 from tersor.core.target import Target
 from tersor.core.task import Task
+from tersor.core.weights import tensors_hash
 from tersor.errors import ConfigError, ModelError, NonFiniteError, SplitTooSmallError
 from tersor.measure import smallest_certifiable
 from tersor.prune.masks import check
@@ -165,15 +165,6 @@ def data_hash(split: Split) -> str:
     for batch in split.batches(HASHED_BATCH):
         labels = {} if batch.labels is None else {"labels": torch.as_tensor(batch.labels)}
         digest.update(tensors_hash({**batch.tensors(), **labels}).encode())
-    return digest.hexdigest()
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of named tensors: names, types, shapes and every bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -17,9 +17,9 @@ from tersor.core.files import disk_errors, write_whole
 from tersor.core.quantization import QuantPlan
 from tersor.core.report import StepRecord
 from tersor.core.surgery import Surgery
+from tersor.core.weights import tensors_hash
 from tersor.errors import IntegrityError, OutputDirectoryError
 from tersor.graph import replay
-from tersor.pipeline.plan import tensors_hash
 
 RUN = "run.json"
 ARTIFACT = "artifact"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.files import write_whole
+from tersor.core.weights import tensors_hash
 from tersor.errors import ConfigError, IntegrityError, OutputDirectoryError
 from tersor.train.average import tensors_of
 from tersor.train.schedule import Schedule
@@ -154,8 +155,5 @@ def _check_plain(where: str, value: Any) -> None:
 def fingerprint_of(module: nn.Module, schedule: Schedule, *facts: object) -> str:
     """Hash of what makes this training this training: the weights it starts from, its schedule and other facts."""
     settings = schedule.model_dump(mode="json", exclude=ELSEWHERE)
-    digest = hashlib.sha256(json.dumps([FORMAT, settings, *facts], default=str).encode())
-    for name, tensor in sorted(tensors_of(module).items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    known = json.dumps([FORMAT, settings, *facts, tensors_hash(tensors_of(module))], default=str)
+    return hashlib.sha256(known.encode()).hexdigest()
