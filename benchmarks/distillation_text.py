@@ -31,7 +31,6 @@ SCHEDULE = Schedule(epochs=3, lr=1e-4, batch_size=32, optimizer="adamw", weight_
 LOSSES: dict[str, list[Any]] = {
     "none": ["task"],
     "kd": [{"kd": {"weight": 0.9, "temperature": 4.0}}, {"task": {"weight": 0.1}}],
-    "kd, hint": [{"kd": {"weight": 0.9, "temperature": 4.0}}, {"task": {"weight": 0.1}}, {"hint": {"weight": 0.1}}],
 }
 LAYERS = (3, 2)
 
