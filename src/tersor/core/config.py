@@ -15,7 +15,7 @@ def explain(error: ValidationError, name: str) -> str:
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or "value"
         arrived = "" if item["type"] == "missing" else f", got {item['input']!r}"
-        lines.append(f"{name}.{where}: {item['msg']}{arrived}")
+        lines.append(f"{name}.{where}: {item['msg'].removeprefix('Value error, ')}{arrived}")
     return "; ".join(lines)
 
 
