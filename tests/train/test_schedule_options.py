@@ -84,6 +84,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         return X[index] + 0.1 * noise, Y[index]
 
 
+@pytest.mark.slow  # forking a process that has run ONNX Runtime and OpenVINO can end it
 def test_processes_that_load_data_do_not_change_a_bit() -> None:
     def trained(workers: int, keep_drawing: bool) -> str:
         module = network()
@@ -107,7 +108,7 @@ class Broken(Augmented):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_example_that_cannot_be_loaded_is_named(workers: int) -> None:
     module = plain()
     with pytest.raises(KeyError, match="no such picture") as caught:
