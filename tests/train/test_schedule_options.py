@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -84,8 +85,19 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         return X[index] + 0.1 * noise, Y[index]
 
 
-@pytest.mark.slow  # forking a process that has run ONNX Runtime and OpenVINO can end it
+def in_a_fresh_process(call: str) -> None:
+    """Forking a process that has run ONNX Runtime and OpenVINO may end it, so what forks runs in one of its own."""
+    tests = str(Path(__file__).resolve().parents[1])
+    code = f"import sys; sys.path.insert(0, {tests!r}); from train import test_schedule_options as here; here.{call}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+
+
 def test_processes_that_load_data_do_not_change_a_bit() -> None:
+    in_a_fresh_process("processes_change_nothing()")
+
+
+def processes_change_nothing() -> None:
     def trained(workers: int, keep_drawing: bool) -> str:
         module = network()
 
@@ -108,8 +120,12 @@ class Broken(Augmented):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_an_example_that_cannot_be_loaded_is_named(workers: int) -> None:
+    in_a_fresh_process(f"broken_example_is_named({workers})")
+
+
+def broken_example_is_named(workers: int) -> None:
     module = plain()
     with pytest.raises(KeyError, match="no such picture") as caught:
         train(module, Split("train", Broken()), batch_size=1, workers=workers)

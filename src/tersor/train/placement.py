@@ -36,7 +36,7 @@ def device_of(module: nn.Module, schedule: Schedule) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # one process for each
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own way to be missing
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"Schedule.device: {device} is not available here ({reason}); leave device out to train where the model is"
