@@ -21,7 +21,7 @@ from tersor.core.context import Context
 from tersor.core.split import Split
 from tersor.core.step import Kind, Step
 from tersor.core.task import Role
-from tersor.errors import ConfigError
+from tersor.errors import ConfigError, DataError
 from tersor.probe import Evidence
 from tersor.prune.masks import check, sparsity_of
 from tersor.prune.measured import measured_on
@@ -168,9 +168,16 @@ def growing(settings: Sparsity) -> float:
 
 
 def training_of(context: Context, who: str, schedule: Schedule) -> Training:
-    """Training on the task's train split with the task's loss, as steps do it."""
+    """Training on the task's train split with the task's loss, as steps do it.
+
+    Raises:
+        DataError: if there is no such split, or it has no labels.
+    """
+    train = context.task.require("train", who)
+    if train.batch([0]).labels is None:
+        raise DataError(f"{who} trains with the task's loss, but the 'train' split has no labels; add them")
     return Training(
-        context.task.require("train", who),
+        train,
         supervised(context.task, schedule),
         schedule,
         context.seed,
