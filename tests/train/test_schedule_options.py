@@ -613,6 +613,21 @@ def test_weights_that_the_last_step_ruins_are_told() -> None:
         train(plain(), loss=steep, epochs=1, batch_size=96)
 
 
+@pytest.mark.parametrize(("most", "steps", "epochs"), [(4, 4, 1), (8, 8, 2), (12, 12, 2), (99, 12, 2)])
+def test_training_ends_within_an_epoch_where_it_is_told_to(most: int, steps: int, epochs: int) -> None:
+    told: list[int] = []
+    hooks = Hooks(evaluate=lambda _: 1.0, progress=lambda done, total, _: told.append(total))
+    done = train(network(), hooks=hooks, max_steps=most)
+    assert (done.steps, len(done.losses), len(done.metrics)) == (steps, epochs, epochs)
+    assert set(told) == {steps}
+
+
+def test_the_rate_has_fallen_where_a_training_ends_early() -> None:
+    short = schedule(max_steps=5)
+    assert short.total_steps(len(SPLIT)) == 5
+    assert short.learning_rate(4, 5) < 0.2 * short.lr
+
+
 def test_progress_is_told_once_more_after_an_evaluation() -> None:
     told: list[tuple[int, dict[str, float]]] = []
     metrics = iter([0.25, 0.75])

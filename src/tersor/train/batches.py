@@ -28,7 +28,7 @@ class StepBatches(Dataset[Batch]):
         self._epoch, self._order = -1, np.arange(0)
 
     def __len__(self) -> int:
-        return self.schedule.epochs * self.steps
+        return self.schedule.total_steps(len(self.split))
 
     def __getitem__(self, step: int) -> Batch:
         epoch, within = divmod(step, self.steps)

@@ -216,7 +216,7 @@ class _Training:
             for step, batch in enumerate(batches if not stopped else (), start=first):
                 due = keeper is not None and keeper.due(step + 1)
                 due = self._step(wrapped, batch, step, due=due)
-                if self.done.steps % self.batches.steps == 0:
+                if self.done.steps % self.batches.steps == 0 or self.done.steps == len(self.batches):
                     self._end_epoch()
                     stopped = self._out_of_patience()
                 if due or stopped or self.done.steps == len(self.batches):

@@ -22,6 +22,8 @@ class Schedule(Config):
 
     Attributes:
         epochs: Passes over the examples.
+        max_steps: Optimizer steps after which training ends, the learning rate having fallen by then; None: with the
+            last epoch.
         lr: The peak of the learning rate.
         batch_size: Examples of one optimizer step, over all processes.
         optimizer: `sgd` (Nesterov) or `adamw`.
@@ -49,6 +51,7 @@ class Schedule(Config):
     """
 
     epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     lr: float = Field(default=0.01, gt=0)
     batch_size: int = Field(default=128, ge=1)
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -84,7 +87,8 @@ class Schedule(Config):
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole training."""
-        return self.epochs * self.steps_per_epoch(examples)
+        steps = self.epochs * self.steps_per_epoch(examples)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def learning_rate(self, step: int, total: int) -> float:
         """The rate in the middle of `step` of `total`."""
