@@ -1,4 +1,4 @@
-"""The ledger: distinct runs per split, written before the answer is known, never guessed at."""
+"""The ledger: distinct runs per split, written before the answer is known, never guessed at; what they spend."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tersor.errors import ArtifactError, OutputDirectoryError
-from tersor.measure.ledger import NAME, ask, read
+from tersor.errors import ArtifactError, ConfigError, OutputDirectoryError
+from tersor.measure import exact_paired
+from tersor.measure.ledger import NAME, ask, level_of, read
 
 
 def test_it_counts_distinct_runs_of_each_split(tmp_path: Path) -> None:
@@ -22,12 +26,28 @@ def test_it_counts_distinct_runs_of_each_split(tmp_path: Path) -> None:
                                                                          ["sa", "sb", "ta", "sc", "ub"]]  # fmt: skip
 
 
-def test_the_same_run_counts_once(tmp_path: Path) -> None:
+def test_the_same_run_keeps_its_place(tmp_path: Path) -> None:
     ledger = tmp_path / NAME
     assert [ask(ledger, split="s", run="a") for _ in range(3)] == [1, 1, 1]
     assert ask(ledger, split="s", run="b") == 2
-    assert ask(ledger, split="s", run="a") == 2
+    assert ask(ledger, split="s", run="a") == 1
     assert len(ledger.read_text().splitlines()) == 2
+
+
+def test_a_run_that_asks_at_the_same_time_takes_the_place_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = tmp_path / NAME
+    real = os.fsync
+    others = ["b"]
+
+    def slow(descriptor: int) -> None:
+        real(descriptor)
+        if others:  # its line is written, its place not read yet
+            assert ask(ledger, split="s", run=others.pop()) == 2
+
+    monkeypatch.setattr(os, "fsync", slow)
+    assert ask(ledger, split="s", run="a") == 1
 
 
 def test_entries_are_one_json_line_each_with_a_date(tmp_path: Path) -> None:
@@ -104,3 +124,42 @@ def test_it_is_on_the_disk_before_the_answer(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fsync", watched)
     ask(tmp_path / NAME, split="s", run="a")
     assert NAME in flushed
+
+
+# --- spending
+
+
+@given(st.floats(1e-3, 1 - 1e-6), st.integers(1, 40))
+def test_all_questions_together_spend_no_more_than_was_promised(confidence: float, asked: int) -> None:
+    levels = [level_of(confidence, number) for number in range(1, asked + 1)]
+    assert all(confidence < level < 1 for level in levels)
+    assert levels == sorted(levels)
+    assert sum(1 - level for level in levels) <= (1 - confidence) * (1 + 1e-9) + asked * 2**-52
+
+
+def test_the_first_question_keeps_nine_tenths() -> None:
+    levels = [level_of(0.95, number) for number in (1, 2, 3)]
+    assert levels == pytest.approx([0.955, 0.9955, 0.99955], abs=1e-12)
+    assert 0.999999 < level_of(0.95, 10_000) < 1
+
+
+@pytest.mark.parametrize(("confidence", "asked"), [(0.0, 1), (1.0, 1), (float("nan"), 1), (0.95, 0)])
+def test_what_cannot_be_spent(confidence: float, asked: int) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        level_of(confidence, asked)
+
+
+def test_asking_until_it_passes_fails() -> None:
+    """20 runs ask about the same kind of bad candidate, each on a question of its own: as independent as can be."""
+    n, rate, splits = 400, 0.02, 4000  # the drop is the budget; all flips are losses
+    losses = np.random.default_rng(0).binomial(n, rate, size=(splits, 20))
+    spending, naive = np.zeros(splits, bool), np.zeros(splits, bool)
+    for number in range(20):
+        most, fixed = (
+            max((b for b in range(9) if exact_paired.p_value(b, 0, n, rate, level) <= 1 - level), default=-1)
+            for level in (level_of(0.95, number + 1), 0.95)
+        )
+        spending |= losses[:, number] <= most
+        naive |= losses[:, number] <= fixed
+    assert spending.mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / splits)
+    assert naive.mean() > 0.3

@@ -255,7 +255,7 @@ def test_splits_that_overlap(problem: Any) -> None:
         tersor.Task(train=(x[:100], y[:100]), certify=(x[90:300], y[90:300]))
 
 
-@pytest.mark.parametrize(("max_drop", "confidence", "needed"), [(0.01, 0.95, 299), (0.02, 0.95, 149)])
+@pytest.mark.parametrize(("max_drop", "confidence", "needed"), [(0.01, 0.95, 309), (0.02, 0.95, 154)])
 def test_certify_splits_that_are_too_small(
     fails: Fails, problem: Any, max_drop: float, confidence: float, needed: int
 ) -> None:
@@ -269,6 +269,12 @@ def test_certify_splits_that_are_too_small(
     task = problem.small_task(certify=(x[600 : 600 + needed], y[600 : 600 + needed]))
     result = tersor.compress(problem.model(), task, out=fails.out, budget=budget, target=EAGER, recipe="convert")
     assert result.certified  # and with one example more it is possible
+
+
+def test_confidence_that_resampling_cannot_tell(fails: Fails, problem: Any) -> None:
+    budget = tersor.Budget(max_drop=0.05, confidence=0.9999, rounds=1)
+    task = problem.small_task(metric="f1")
+    fails(ConfigError, "'?f1'? is certified by resampling.*0.9999; ask", task=task, budget=budget, before=True)
 
 
 def test_certify_splits_that_are_too_small_to_resample(fails: Fails, problem: Any) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 import tersor
 from tersor.core.artifact import Manifest
 from tersor.core.metrics import Metric
+from tersor.core.report import Report
 from tersor.distill import Recover
+from tersor.measure import exact_paired, ledger
 from tersor.pipeline.measuring import EVALUATION_BATCH
 from tersor.prune import Unstructured
 from tersor.quantize import Static
@@ -583,16 +585,43 @@ def test_asking_the_split_again_is_counted_and_shown(problem: Any, tmp_path: Pat
 
     first, second, copy = run("first", 0.1), run("second", 0.2), run("copy of first", 0.1)
     asked = [result.report.certificate.times_asked for result in (first, second, copy)]  # type: ignore[union-attr]
-    assert asked == [1, 2, 2]  # an equal run gets the equal answer: that is no further look
-    ledger = [json.loads(line) for line in (tmp_path / "certify-ledger.jsonl").read_text().splitlines()]
-    assert len(ledger) == 2
-    assert {entry["split"] for entry in ledger} == {problem.small_task().splits["certify"].fingerprint}
+    assert asked == [1, 2, 1]  # an equal run gets the equal answer: that is no further look
+    certificates = [result.report.certificate for result in (first, second, copy)]
+    assert certificates[2] == certificates[0]
+    assert [certificate.confidence for certificate in certificates] == [0.95] * 3
+    assert [certificate.level for certificate in certificates] == pytest.approx([0.955, 0.9955, 0.955])
+    for certificate in certificates:
+        losses, gains = certificate.losses, certificate.gains
+        assert certificate.upper_bound == exact_paired.upper_bound(losses, gains, certificate.n, certificate.level)
+    entries = [json.loads(line) for line in (tmp_path / "certify-ledger.jsonl").read_text().splitlines()]
+    assert len(entries) == 2
+    assert {entry["split"] for entry in entries} == {problem.small_task().splits["certify"].fingerprint}
     pages = [(result.artifact / "report.html").read_text() for result in (first, second)]
     assert "Asked 2 times" in pages[1]
-    assert "passes sooner or later by luck" in pages[1]
+    assert "asked by 2 runs, see certify-ledger.jsonl. This one was tested at 99.55\N{NO-BREAK SPACE}%" in pages[1]
     assert "Asked 2 times" not in pages[0]
-    assert any("asked by 2 runs" in warning for warning in second.report.warnings)
+    assert any("asked by 2 runs" in text and "tested at 99.55 %" in text for text in second.report.warnings)
     assert not any("asked by" in warning for warning in first.report.warnings)
+
+
+@pytest.mark.usefixtures("quick_latency")
+@pytest.mark.parametrize(("earlier", "bounded"), [(2, True), (3, False)])
+def test_what_resampling_cannot_tell_is_not_certified(
+    problem: Any, tmp_path: Path, earlier: int, bounded: bool
+) -> None:
+    task = problem.small_task(metric="f1")
+    for number in range(earlier):
+        ledger.ask(tmp_path / ledger.NAME, split=task.splits["certify"].fingerprint, run=str(number))
+    result = tersor.compress(
+        problem.model(), task, out=tmp_path / "run", budget=SMALL_BUDGET, target=EAGER, recipe="convert"
+    )
+    certificate = result.report.certificate
+    assert certificate is not None
+    assert (certificate.times_asked, certificate.level) == (earlier + 1, ledger.level_of(0.95, earlier + 1))
+    assert (np.isfinite(certificate.upper_bound), certificate.certified) == (bounded, bounded)
+    assert Report.model_validate_json((result.artifact / "report.json").read_text()).certificate == certificate
+    assert any("the drop is unbounded" in warning for warning in result.report.warnings) is not bounded
+    assert ("the loss could not be bounded" in (result.artifact / "report.html").read_text()) is not bounded
 
 
 def test_a_printed_result_is_the_table(deployed: Any) -> None:

@@ -214,7 +214,7 @@ def test_an_unknown_criterion_is_refused_naming_those_there_are() -> None:
         Unstructured(sparsity=0.5, criterion="magnitude")
 
 
-@pytest.mark.parametrize("criterion", ["fpgm", "batchnorm_scale", "apoz"])
+@pytest.mark.parametrize("criterion", ["fpgm", "batchnorm_scale", "apoz", "order"])
 def test_a_criterion_of_whole_channels_is_refused(criterion: str) -> None:
     with pytest.raises(ConfigError, match=f"{criterion}' judges whole channels; .*'l1'"):
         unstructured(seeded(Mlp), 0.5, criterion=criterion)

@@ -21,7 +21,7 @@ from tersor.core.target import Target
 from tersor.core.task import Task
 from tersor.distill import distances
 from tersor.errors import ConfigError, DataError, IntegrityError, OrderError, UnsupportedError
-from tersor.pipeline.compress import run_recipe
+from tersor.pipeline.steps import run_recipe
 from tersor.pipeline.plan import make_plan
 from tersor.pipeline.run_directory import RunDirectory
 from tersor.prune import Unstructured

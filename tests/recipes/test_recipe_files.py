@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tersor.core.recipe import Recipe
-from tersor.distill import EveryKth, Recover
+from tersor.distill import EveryKth, OnceForAll, Recover
 from tersor.errors import ConfigError, OrderError
 from tersor.prune import (
     DepthStep,
@@ -94,6 +94,7 @@ def test_every_setting_survives_the_way_through_yaml() -> None:
 def test_every_known_step_has_its_name() -> None:
     assert step_types() == {
         "distill.every_kth": EveryKth,
+        "distill.once_for_all": OnceForAll,
         "prune.depth": DepthStep,
         "prune.experts": ExpertsStep,
         "prune.gradual": Gradual,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import subprocess
@@ -284,10 +285,30 @@ def test_not_certified_and_repeated_questions_are_plain() -> None:
     report = a_report(verdict="not certified", certificate=certificate)
     words = Page(render_html(report)).words
     assert "asked 3 times" in words
+    assert "passes sooner or later by luck" in words  # of a former version: nothing was spent
+    assert "this test alone" not in words
     for text in (words, " ".join(terminal(report).split())):
         assert "Not certified (approximate)" in text
         assert "about 12,400 certify examples" in text
         assert "with about 95 % confidence at most 1.34 points of top1 lost" in text
+
+
+def test_what_earlier_questions_spent_is_shown() -> None:
+    certificate = a_certificate(level=0.99955, times_asked=3)
+    report = a_report(certificate=certificate)
+    words = Page(render_html(report)).words
+    assert "95 % confidence, one-sided; this test alone at 99.955 %" in words
+    assert "by 3 runs, see certify-ledger.jsonl" in words
+    assert "tested at 99.955 %, so that 95 % holds over all questions together" in words
+    assert "tested at 99.955 %" in " ".join(terminal(report).split())
+    assert "tested at 99.955 %" in render_card(report, files={})
+    assert wording.level(a_certificate(level=math.nextafter(1, 0))) == "99.9999999999 %"
+    assert wording.level(a_certificate(level=0.95)) == wording.level(a_certificate()) == ""
+
+
+def test_certificates_of_former_versions_load() -> None:
+    fields = a_certificate().model_dump(mode="json", exclude={"level"})
+    assert Certificate.model_validate_json(json.dumps(fields)) == a_certificate()
 
 
 def test_slower_is_called_slower() -> None:

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from tersor.cli.bench_kit import bench_kit_command, import_command
 from tersor.cli.demo import run_demo
 from tersor.cli.distill import distill_command
 from tersor.cli.loading import Weights, load_candidate, load_task
@@ -43,6 +44,7 @@ from tersor.errors import (
 from tersor.hf import DYNAMIC, PREFIX
 from tersor.measure import Contestant, Protocol, latency
 from tersor.pipeline import Plan, Result, compress, make_plan
+from tersor.pipeline.bench_kit import artifact_in
 from tersor.report import render_html, render_table
 from tersor.runtimes import Loaded, get_runtime
 
@@ -55,6 +57,7 @@ app.add_typer(recipes_app, name="recipes")
 app.command("prune")(prune_command)
 app.command("quantize")(quantize_command)
 app.command("distill")(distill_command)
+app.command("bench-kit")(bench_kit_command)
 
 CORES = os.cpu_count() or 1
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -87,13 +90,14 @@ def compress_command(
     threads: Threads = CORES,
     batch: Annotated[int, typer.Option(min=1, help="Batch size that it will run at.")] = 1,
     recipe: Annotated[str, typer.Option(help="auto, a preset or a YAML file.")] = "auto",
+    minutes: Annotated[float | None, typer.Option(help="With --recipe auto: search for so long.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of latency measurement.")] = 12,
     seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a trained model under a budget, deploy it, measure it, certify what it cost."""
-    budget = Budget(max_drop=max_drop, confidence=confidence, rounds=rounds)
+    budget = Budget(max_drop=max_drop, confidence=confidence, rounds=rounds, minutes=minutes)
     place = Target(target, threads=threads, batch=batch, dynamic=DYNAMIC if task.startswith(PREFIX) else {})
     start: Callable[..., Plan | Result] = make_plan if dry_run else partial(compress, out=out)
     with redirect_stdout(sys.stderr):  # whatever the model and its data print is no result
@@ -121,13 +125,21 @@ def demo(
 @app.command()
 def measure(
     directory: Directory,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of measurement.")] = 12,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of measurement, 12 by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default those of the manifest.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size; by default that of the manifest.")] = None,
+    results: Annotated[
+        Path | None, typer.Option("--import", help="Instead: bring in what a bench kit measured elsewhere.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure an ONNX or OpenVINO artifact on this machine, with random inputs of its signature."""
-    path = _artifact(directory)
+    if results is not None:
+        import_command(
+            results, directory, settings={"rounds": rounds, "threads": threads, "batch": batch}, as_json=as_json
+        )
+        return
+    path = artifact_in(directory)
     manifest = verify(path)
     changed = {key: value for key, value in (("threads", threads), ("batch", batch)) if value is not None}
     place = manifest.target.model_copy(update=changed)
@@ -138,7 +150,7 @@ def measure(
         {"artifact": Contestant(loaded, (runtime.package,))},
         random_batch(manifest.signature, place.batch),
         threads=place.threads,
-        protocol=Protocol(rounds=rounds),
+        protocol=Protocol(rounds=rounds or 12),
     )["artifact"]
     numbers = {
         "latency_ms": found.latency.model_dump(exclude={"rounds", "histogram"}),
@@ -166,7 +178,7 @@ def report_command(
     as_json: Json = False,
 ) -> None:
     """Show the report of a finished run."""
-    path = _artifact(directory)
+    path = artifact_in(directory)
     verify(path)
     report = Report.model_validate_json((path / "report.json").read_text())
     if html is not None:
@@ -177,7 +189,7 @@ def report_command(
 @app.command("verify")
 def verify_command(directory: Directory, as_json: Json = False) -> None:
     """Check every file of an artifact against its manifest."""
-    manifest = verify(_artifact(directory))
+    manifest = verify(artifact_in(directory))
     if as_json:
         typer.echo(json.dumps({"intact": True, "files": sorted(manifest.files)}))
     else:
@@ -197,11 +209,6 @@ def main() -> None:
     except TersorError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
-
-
-def _artifact(directory: Path) -> Path:
-    inside = directory / "artifact"
-    return inside if not (directory / "manifest.json").exists() and inside.is_dir() else directory
 
 
 def _finish(result: Result, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tersor.core.certificate import Certificate
 from tersor.core.config import Config
+from tersor.core.search import SearchRecord
 
 SCHEMA_VERSION = 1
 
@@ -192,6 +193,21 @@ class StepRecord(Config):
     quantization: QuantizationRecord | None = Field(default=None, description="of steps that round layer by layer")
 
 
+class Elsewhere(Config):
+    """Latency of the deployed model on another machine, as a bench kit measured it there on inputs of its signature."""
+
+    machine: str
+    cpu: str
+    cores: int
+    system: str
+    runtime_version: str = Field(description="name and version of the runtime")
+    date: str
+    threads: int
+    batch: int
+    latency: Latency
+    peak_memory_bytes: int | None = None
+
+
 class Report(Config):
     """All numbers of one run. Ratios are baseline / deployed."""
 
@@ -213,3 +229,5 @@ class Report(Config):
     target: dict[str, object]
     budget: dict[str, object]
     history: list[StepRecord]
+    search: SearchRecord | None = Field(default=None, description="what chose the recipe; None: it was given")
+    elsewhere: list[Elsewhere] = Field(default_factory=list, description="measured on other machines by a bench kit")

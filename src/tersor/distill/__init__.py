@@ -3,6 +3,7 @@
 from tersor.distill.distances import distances
 from tersor.distill.ensemble import Ensemble
 from tersor.distill.mutual import mutual
+from tersor.distill.once_for_all_step import OnceForAll
 from tersor.distill.recover import Recover
 from tersor.distill.sequences import generate
 from tersor.distill.shallow_step import EveryKth
@@ -14,6 +15,7 @@ __all__ = [
     "Distilled",
     "Ensemble",
     "EveryKth",
+    "OnceForAll",
     "Recover",
     "Student",
     "Term",

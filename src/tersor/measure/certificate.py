@@ -19,9 +19,10 @@ from tersor.measure import betting, exact_paired
 Array = NDArray[np.float64]
 
 _MEAN_RESAMPLES = 9_999
+RESAMPLED_UP_TO = 0.9999  # confidence; so many resamples do not tell more
 _BCA_UP_TO = 10_000  # examples; beyond, the correction is below the noise and its jackknife costs n² work
 _BATCH_VALUES = 2**21  # values in memory at once while resampling
-_EXACT_POWER_UP_TO = 10_000  # examples; beyond, the normal formula is within a few per cent
+EXACT_POWER_UP_TO = 10_000  # examples; beyond, the normal formula is within a few per cent
 
 
 def certify(
@@ -186,12 +187,9 @@ def examples_needed(
         return None
     if loss_rate + gain_rate == 0 or max_drop >= 1:
         return smallest_certifiable(max_drop, confidence)
-    deviation = sqrt(loss_rate + gain_rate - drop**2)
-    at_budget = exact_paired.deviation_at(loss_rate, gain_rate, max_drop)
-    quantiles = float(stats.norm.ppf(confidence)), float(stats.norm.ppf(power))
-    root = (quantiles[0] * at_budget + quantiles[1] * deviation) / (max_drop - drop)
-    guess = max(ceil(max(root, 0) ** 2), 1)
-    if guess > _EXACT_POWER_UP_TO:
+    margin = normal_margin(loss_rate, gain_rate, max_drop=max_drop, confidence=confidence, power=power)
+    guess = max(ceil((max(margin, 0) / (max_drop - drop)) ** 2), 1)
+    if guess > EXACT_POWER_UP_TO:
         return guess
 
     def enough(n: int) -> bool:
@@ -208,6 +206,13 @@ def examples_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def normal_margin(loss_rate: float, gain_rate: float, *, max_drop: float, confidence: float, power: float) -> float:
+    """√n times the distance that n examples need between the true drop and the budget, by the normal distribution."""
+    deviation = sqrt(loss_rate + gain_rate - (loss_rate - gain_rate) ** 2)
+    at_budget = exact_paired.deviation_at(loss_rate, gain_rate, max_drop)
+    return float(stats.norm.ppf(confidence) * at_budget + stats.norm.ppf(power) * deviation)
 
 
 def smallest_certifiable(max_drop: float, confidence: float) -> int:

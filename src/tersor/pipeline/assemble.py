@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Literal
 
 from tersor.core.candidate import Candidate
@@ -11,6 +12,7 @@ from tersor.core.report import Changes, Coverage, Layer, Report
 from tersor.measure import changes, file_bytes, layer_table, mac_counts
 from tersor.pipeline.measuring import Compared, Exported, Facts
 from tersor.pipeline.plan import Plan
+from tersor.report import wording
 
 
 def assemble(
@@ -87,14 +89,15 @@ def _warnings(plan: Plan, candidate: Candidate, facts: Facts, certificate: Certi
             found.append(f"latency of the {name} is noisy: its interquartile range is {spread:.0%} of the median")
     if certificate is not None and not certificate.certified:
         more = f"; about {certificate.examples_needed:,} examples would do" if certificate.examples_needed else ""
+        bounded = f"may be up to {certificate.upper_bound:.4f}" if isfinite(certificate.upper_bound) else "is unbounded"
         found.append(
-            f"budget not met: the drop may be up to {certificate.upper_bound:.4f}, allowed are "
-            f"{certificate.max_drop:.4f}. This is the best so far{more}"
+            f"budget not met: the drop {bounded}, allowed are {certificate.max_drop:.4f}. This is the best so far{more}"
         )
     if certificate is not None and certificate.times_asked > 1:
         found.append(
-            f"the certify split has been asked by {certificate.times_asked} runs: the confidence holds for a single "
-            "question; choosing among several results voids it"
+            f"the certify split has been asked by {certificate.times_asked} runs: earlier ones spent a share of the "
+            f"error, so this one was tested at {wording.level(certificate)}; {wording.confidence(certificate)} holds "
+            "over all questions together, unless a candidate was made from earlier answers"
         )
     if certificate is not None and certificate.measures == "agreement":
         found.append("without labels the certificate is about agreement with the original, not about accuracy")

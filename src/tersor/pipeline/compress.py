@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -26,25 +24,25 @@ from tersor.core.artifact import (
 )
 from tersor.core.budget import Budget
 from tersor.core.candidate import Candidate
-from tersor.core.context import Context, Progress
+from tersor.core.context import Progress
 from tersor.core.files import whole_directory
 from tersor.core.machine import cpu_flags, versions
 from tersor.core.recipe import Recipe
 from tersor.core.report import Report
-from tersor.core.signature import Signature
 from tersor.core.target import Target
 from tersor.core.task import Task
-from tersor.distill import distances
 from tersor.pipeline.assemble import assemble
-from tersor.pipeline.measuring import certificate_for, export, measure_facts
+from tersor.pipeline.documents import draw
+from tersor.pipeline.measuring import Exported, certificate_for, export, loaded_from, measure_facts
 from tersor.pipeline.plan import Plan, make_plan
 from tersor.pipeline.progress import shown
 from tersor.pipeline.run_directory import RunDirectory
-from tersor.report import render_card, render_html, render_table
+from tersor.pipeline.search import Found, searched
+from tersor.pipeline.steps import run_recipe
+from tersor.report import render_table
 from tersor.runtimes.parity import check_parity
+from tersor.search.settings import Search
 from tersor.train.parallel import refuse_several
-
-logger = logging.getLogger("tersor")
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def compress(
     out: str | Path,
     budget: Budget | None = None,
     target: Target | None = None,
-    recipe: str | Path | Recipe = "auto",
+    recipe: str | Path | Recipe | Search = "auto",
     seed: int = 0,
 ) -> Result:
     """Compresses `model` under a budget, deploys it, measures it and certifies what it cost.
@@ -110,7 +108,8 @@ def compress(
         out: The run directory; the artifact is `out/artifact`, the certify ledger stands beside `out`.
         budget: What may be lost; by default one point at 95 %.
         target: Where it will run; by default ONNX Runtime on all cores.
-        recipe: `auto`, a preset's name, a YAML path or a `Recipe`.
+        recipe: `auto`, a preset's name, a YAML path, a `Recipe`, or a `tersor.search.Search` that finds one. `auto`
+            searches where the budget has minutes, and takes a preset otherwise.
         seed: Fixes every random choice: the same seed gives the same bits on the same machine.
 
     Raises:
@@ -121,45 +120,46 @@ def compress(
     run = RunDirectory(Path(out), plan.fingerprint())
     run.claim()
     with shown() as progress:
-        candidate = run_recipe(plan, run, progress)
-        if not run.artifact.exists():
-            deploy(plan, run, candidate, progress)
+        if plan.search is None:
+            candidate = run_recipe(plan, run, progress)
+            if not run.artifact.exists():
+                deploy(plan, run, candidate, progress)
+        else:
+            found = searched(plan, run, progress)
+            candidate = found.candidate
+            if not run.artifact.exists():
+                deploy(found.plan, run, candidate, progress, found)
     verify(run.artifact)
     report = Report.model_validate_json((run.artifact / "report.json").read_text())
     return Result(run.artifact, report, candidate.runnable)
 
 
-def run_recipe(plan: Plan, run: RunDirectory, progress: Progress) -> Candidate:
-    """Applies the steps, taking finished ones from the run directory."""
-    context = Context(plan.task, plan.target, plan.original, plan.seed, progress, losses=distances())
-    for position, step in enumerate(plan.recipe.steps, start=1):
-        step.check(replace(context, directory=run.work(position)))
-    candidate = replace(plan.start, module=copy.deepcopy(plan.original))
-    for position, step in enumerate(plan.recipe.steps, start=1):
-        finished = run.load_stage(position, candidate)
-        if finished is not None:
-            candidate = step.resume(finished, context)
-            continue
-        logger.info("step %d of %d: %s", position, len(plan.recipe.steps), step.name)
-        candidate = step.apply(candidate, replace(context, directory=run.work(position)))
-        if candidate.plan is None or step.rebuilds:  # other quantization is quick, so simply done again
-            run.save_stage(position, candidate)
-        shutil.rmtree(run.work(position), ignore_errors=True)
-    shutil.rmtree(run.unfinished, ignore_errors=True)
-    return candidate
+def deploy(plan: Plan, run: RunDirectory, candidate: Candidate, progress: Progress, found: Found | None = None) -> None:
+    """Exports, checks, measures, certifies and writes the artifact, all or nothing.
 
-
-def deploy(plan: Plan, run: RunDirectory, candidate: Candidate, progress: Progress) -> None:
-    """Exports, checks, measures, certifies and writes the artifact, all or nothing."""
+    What a search has found was certified already: the very files are deployed.
+    """
     with _scratch() as scratch, whole_directory(run.artifact) as directory:
-        exported = export(plan, candidate, directory)
+        exported = export(plan, candidate, directory) if found is None else copied(plan, found, directory)
         check_parity(exported.loaded, candidate, plan.task.example)
         (scratch / "uncompressed").mkdir()
         uncompressed = export(plan, Candidate(plan.original), scratch / "uncompressed")
         facts, compared = measure_facts(plan, exported, uncompressed, scratch, progress)
-        certificate = certificate_for(plan, exported, run.identity, run.path.absolute().parent, progress)
+        if found is None:
+            certificate = certificate_for(plan, exported, run.identity, run.path.absolute().parent, progress)
+        else:
+            certificate = found.certificate
         report = assemble(plan, exported, facts, compared, certificate)
+        if found is not None:
+            report = report.model_copy(update={"search": found.record})
         write_documents(plan, candidate, report, directory)
+
+
+def copied(plan: Plan, found: Found, directory: Path) -> Exported:
+    """The model files of a search's winner, in the artifact."""
+    shutil.copytree(found.files, directory, dirs_exist_ok=True)
+    files = tuple(sorted(path for path in directory.rglob("*") if path.is_file()))
+    return Exported(loaded_from(plan, found.candidate, directory), found.candidate, files)
 
 
 def write_documents(plan: Plan, candidate: Candidate, report: Report, directory: Path) -> None:
@@ -168,20 +168,7 @@ def write_documents(plan: Plan, candidate: Candidate, report: Report, directory:
         (directory / "quantization.json").write_text(candidate.plan.model_dump_json() + "\n")
     if candidate.surgeries:
         (directory / SURGERY).write_bytes(dump_surgeries(candidate.surgeries))
-    (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (directory / "report.html").write_text(render_html(report))
     attach(directory, plan.task.attachments)
-    hashes = {name: entry.sha256 for name, entry in describe_files(directory).items()}
-    card = render_card(
-        report,
-        files=hashes,
-        inputs=_described(plan.signature, inputs=True),
-        outputs=_described(plan.signature, inputs=False),
-        preprocessing={"inputs": plan.task.preprocessing} if plan.task.preprocessing else {},
-        labels=plan.task.class_names,
-        model_file=next((name for name in ("model.onnx", "model.xml") if name in hashes), None),  # not an attached one
-    )
-    (directory / "README.md").write_text(card)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION if candidate.surgeries and plan.runtime.needs_code else PLAIN_SCHEMA,
         name=report.name,
@@ -195,14 +182,11 @@ def write_documents(plan: Plan, candidate: Candidate, report: Report, directory:
         versions=versions(),
         cpu_flags=sorted(cpu_flags()),
         weight_bits=candidate.plan.weight_bits if candidate.plan is not None else None,
-        files=describe_files(directory),
+        files={},
     )
-    manifest.write(directory)
-
-
-def _described(signature: Signature, *, inputs: bool) -> dict[str, object]:
-    specs = signature.inputs if inputs else [signature.output]
-    return {spec.name: f"{spec.dtype} [{', '.join(str(size) for size in spec.shape)}]" for spec in specs}
+    hashes = {name: entry.sha256 for name, entry in describe_files(directory).items()}
+    draw(report, directory, manifest=manifest, hashes=hashes)
+    manifest.model_copy(update={"files": describe_files(directory)}).write(directory)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from tersor.core.artifact import verify
+from tersor.pipeline.bench_kit import artifact_in
 from tersor.pipeline.rebuild import pruned_builder
 from tersor.runtimes import Session, get_runtime
 
@@ -31,9 +32,7 @@ def load(directory: str | Path, *, model: Callable[[], nn.Module] | None = None,
         RuntimeUnavailableError: if the runtime is not installed.
         ArtifactError: if `model` is needed and missing, or does not fit.
     """
-    path = Path(directory)
-    if not (path / "manifest.json").exists() and (path / "artifact").is_dir():
-        path = path / "artifact"
+    path = artifact_in(Path(directory))
     manifest = verify(path)
     target = manifest.target if threads is None else manifest.target.model_copy(update={"threads": threads})
     runtime = get_runtime(target.runtime)

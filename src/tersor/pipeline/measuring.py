@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import ceil, inf
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +14,7 @@ from tersor.core.certificate import Certificate
 from tersor.core.context import Progress
 from tersor.core.report import ModelFacts, Ratios
 from tersor.core.split import Split
+from tersor.errors import ConfigError
 from tersor.measure import (
     Contestant,
     Evaluation,
@@ -27,13 +29,15 @@ from tersor.measure import (
     parameter_counts,
 )
 from tersor.measure.accuracy import score_bounds, scores
+from tersor.measure.certificate import RESAMPLED_UP_TO
 from tersor.measure.latency import Measured
-from tersor.measure.ledger import NAME, ask
+from tersor.measure.ledger import NAME, ask, level_of
 from tersor.pipeline.plan import Plan
 from tersor.runtimes import Loaded
 from tersor.runtimes.eager import Eager, TorchSession
 
 EVALUATION_BATCH = 64
+RESAMPLES = 1000  # of a metric over all examples, at least
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,13 @@ def export(plan: Plan, candidate: Candidate, directory: Path) -> Exported:
     """Writes the candidate for the plan's runtime into an existing directory."""
     example = plan.task.example(2)
     files = plan.runtime.export(candidate, example, directory, signature=plan.signature, target=plan.target)
+    return Exported(loaded_from(plan, candidate, directory), candidate, tuple(files))
+
+
+def loaded_from(plan: Plan, candidate: Candidate, directory: Path) -> Loaded:
+    """How to open what `export` wrote of a candidate."""
     model = partial(_as_is, candidate.module) if plan.runtime.needs_code else None
-    loaded = Loaded(plan.runtime, directory, plan.signature, plan.target, model)
-    return Exported(loaded, candidate, tuple(files))
+    return Loaded(plan.runtime, directory, plan.signature, plan.target, model)
 
 
 def _as_is(module: nn.Module) -> nn.Module:
@@ -66,18 +74,34 @@ class Compared:
     deployed: Evaluation
 
 
-def compare(plan: Plan, exported: Exported, split: Split, progress: Progress) -> Compared:
-    """Evaluates both; the deployed one through its runtime, at the batch size it will run at."""
-    metric, label = plan.task.metric, f"evaluate {split.name}"
-    original = evaluate(
+def evaluate_original(plan: Plan, split: Split, progress: Progress) -> Evaluation:
+    """Evaluates the caller's model, in PyTorch."""
+    return evaluate(
         plan.original,
         split,
-        metric,
+        plan.task.metric,
         batch_size=EVALUATION_BATCH,
         select=plan.task.output,
-        against="itself" if metric.against_original else None,
-        progress=lambda done, total: progress(f"{label}: original", done, total),
+        against="itself" if plan.task.metric.against_original else None,
+        progress=lambda done, total: progress(f"evaluate {split.name}: original", done, total),
     )
+
+
+def compare(
+    plan: Plan, exported: Exported, split: Split, progress: Progress, original: Evaluation | None = None
+) -> Compared:
+    """Evaluates both; the deployed one through its runtime, at the batch size it will run at.
+
+    Args:
+        plan: Of the run.
+        exported: The deployed model.
+        split: That both are evaluated on.
+        progress: Told how far it is.
+        original: What `evaluate_original` found, if it is known.
+    """
+    metric, label = plan.task.metric, f"evaluate {split.name}"
+    if original is None:
+        original = evaluate_original(plan, split, progress)
     deployed = evaluate(
         exported.loaded(),
         split,
@@ -95,7 +119,30 @@ def certificate_for(plan: Plan, exported: Exported, run: str, beside: Path, prog
     if split is None or max_drop is None:
         return None
     times_asked = ask(beside / NAME, split=split.fingerprint, run=run)
-    compared, metric = compare(plan, exported, split, progress), plan.task.metric
+    level = level_of(plan.budget.confidence, times_asked)
+    return certificate_at(plan, compare(plan, exported, split, progress), level=level, times_asked=times_asked)
+
+
+def certificate_at(plan: Plan, compared: Compared, *, level: float, times_asked: int) -> Certificate:
+    """The certificate of a run that has asked the certify split, tested at `level`."""
+    split, max_drop = plan.task.require("certify", "a certificate"), plan.budget.max_drop
+    if max_drop is None:
+        raise ConfigError("a certificate needs a budget with max_drop")
+    certificate = certify_compared(plan, compared, max_drop, level)
+    return certificate.model_copy(
+        update={
+            "confidence": plan.budget.confidence,
+            "level": level,
+            "times_asked": times_asked,
+            "split_fingerprint": split.fingerprint,
+            "measures": "agreement" if plan.task.metric.against_original else "metric",
+        }
+    )
+
+
+def certify_compared(plan: Plan, compared: Compared, max_drop: float, level: float) -> Certificate:
+    """Tests at the confidence `level`; one that is too high to be told by resampling bounds nothing."""
+    metric, told = plan.task.metric, min(level, RESAMPLED_UP_TO)
     if metric.aggregate is not None:
         certificate = certify_metric(
             metric.aggregate,
@@ -103,24 +150,24 @@ def certificate_for(plan: Plan, exported: Exported, run: str, beside: Path, prog
             compared.deployed.statistic,
             compared.original.labels,
             max_drop=max_drop,
-            confidence=plan.budget.confidence,
+            confidence=told,
             higher_is_better=metric.higher_is_better,
             seed=plan.seed,
+            resamples=max(RESAMPLES, ceil(told / (1 - told))),
         )
     else:
         certificate = certify(
             scores(compared.original, metric),
             scores(compared.deployed, metric),
             max_drop=max_drop,
-            confidence=plan.budget.confidence,
+            confidence=level,
             bounds=score_bounds(metric),
             agreement=metric.name == "agreement",
             seed=plan.seed,
         )
-    measures = "agreement" if metric.against_original else "metric"
-    return certificate.model_copy(
-        update={"times_asked": times_asked, "split_fingerprint": split.fingerprint, "measures": measures}
-    )
+    if certificate.method == "paired-bootstrap" and told < level:
+        return certificate.model_copy(update={"upper_bound": inf, "certified": False})
+    return certificate
 
 
 @dataclass(frozen=True)

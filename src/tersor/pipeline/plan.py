@@ -21,16 +21,20 @@ from tersor.core.recipe import Recipe
 from tersor.core.signature import Signature, input_names, signature_of
 from tersor.core.split import Split
 from tersor.core.target import Target
-from tersor.core.task import Task
+from tersor.core.task import Role, Task
 from tersor.core.weights import tensors_hash
 from tersor.errors import ConfigError, ModelError, NonFiniteError, SplitTooSmallError
 from tersor.measure import smallest_certifiable
+from tersor.measure.certificate import RESAMPLED_UP_TO
+from tersor.measure.ledger import level_of
 from tersor.prune.masks import check
 from tersor.recipes import resolve
 from tersor.runtimes import Runtime, get_runtime
+from tersor.search.settings import Search
 
 EXAMPLE_BATCH = 2
 HASHED_BATCH = 256
+SEARCHED = "search"  # what a recipe is called that is yet to be found
 MINIMUM_FOR_BOOTSTRAP = 100  # below, resampling knows too little of the spread to mean anything
 
 
@@ -47,6 +51,7 @@ class Plan:
         runtime: How it will run there.
         signature: What goes in and out.
         seed: Fixes every random choice.
+        search: What finds the recipe; None: it is given.
     """
 
     start: Candidate
@@ -57,6 +62,7 @@ class Plan:
     runtime: Runtime
     signature: Signature
     seed: int
+    search: Search | None = None
 
     @property
     def original(self) -> nn.Module:
@@ -68,11 +74,15 @@ class Plan:
         return {
             "model": start_hash(self.start),
             "task": _hash(self._task_data()),
-            "recipe": _hash(self.recipe.as_data()),
+            "recipe": _hash(self.recipe.as_data() if self.search is None else self.search.model_dump(mode="json")),
             "target": _hash(self.target.model_dump(mode="json")),
-            "budget": _hash(self.budget.model_dump(mode="json")),
+            "budget": _hash(self._budget_data()),
             "seed": str(self.seed),
         }
+
+    def _budget_data(self) -> dict[str, Any]:
+        """Runs of former versions have no minutes."""
+        return self.budget.model_dump(mode="json", exclude={"minutes"} if self.budget.minutes is None else None)
 
     def _task_data(self) -> dict[str, Any]:
         """Everything of the task that ends up in weights, numbers or files; functions by name only."""
@@ -95,7 +105,7 @@ class Plan:
             "parameters": parameters,
             "splits": {role: len(split) for role, split in self.task.splits.items()},
             "metric": self.task.metric.name,
-            "recipe": self.recipe.as_data(),
+            "recipe": self.recipe.as_data() if self.search is None else {"search": self.search.model_dump(mode="json")},
             "target": self.target.model_dump(mode="json"),
             "budget": self.budget.model_dump(mode="json"),
             "inputs": {spec.name: [spec.dtype, *spec.shape] for spec in self.signature.inputs},
@@ -109,7 +119,7 @@ def make_plan(
     *,
     budget: Budget,
     target: Target,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | Search,
     seed: int = 0,
 ) -> Plan:
     """Checks model, data, recipe, target and budget against each other.
@@ -125,7 +135,10 @@ def make_plan(
         raise ConfigError("model: expected a float model, got a quantized candidate; quantize as a step of the recipe")
     runtime = get_runtime(target.runtime)
     runtime.check_available()
-    resolved = resolve(recipe, runtime.formats)
+    search = _search(recipe, budget)
+    resolved = Recipe(name=SEARCHED) if isinstance(recipe, Search) or search else resolve(recipe, runtime.formats)
+    if search is not None:
+        _check_search(search, task, budget)
     for step in resolved.steps:
         runtime.check_supports(step.precision, step.name)
         for role in sorted(step.needs):
@@ -139,7 +152,35 @@ def make_plan(
         raise ModelError(
             f"the model cannot be copied ({error}); remove hooks, graphs and open files from it"
         ) from error
-    return Plan(start, task, budget, target, resolved, runtime, _signature(start.module, task, target), seed)
+    signature = _signature(start.module, task, target)
+    return Plan(start, task, budget, target, resolved, runtime, signature, seed, search)
+
+
+def _search(recipe: str | Path | Recipe | Search, budget: Budget) -> Search | None:
+    """The search that is asked for, if any."""
+    if isinstance(recipe, Search):
+        return recipe if budget.minutes is None else recipe.model_copy(update={"minutes": budget.minutes})
+    if budget.minutes is None:
+        return None
+    if recipe != "auto":
+        raise ConfigError(
+            "Budget.minutes is for recipe='auto' or a tersor.search.Search; a given recipe takes its time"
+        )
+    return Search(minutes=budget.minutes)
+
+
+def _check_search(search: Search, task: Task, budget: Budget) -> None:
+    if budget.max_drop is None:
+        raise ConfigError("a search needs Budget(max_drop=...): the fastest model inside no budget is an empty one")
+    if budget.minimise != "latency":
+        raise ConfigError(
+            f"a search minimises latency, got Budget(minimise={budget.minimise!r}); give a recipe instead"
+        )
+    roles: tuple[Role, ...] = (
+        ("search", "certify") if search.kinds == () else ("train", "calibrate", "search", "certify")
+    )
+    for role in roles:
+        task.require(role, "a search")
 
 
 def model_hash(module: nn.Module) -> str:
@@ -199,17 +240,22 @@ def _check_budget(task: Task, budget: Budget) -> None:
             f"Budget.max_drop: {task.metric.name} lies between {bounds[0]:g} and {bounds[1]:g} (0.01 = one point of "
             f"accuracy), so a drop of {budget.max_drop:g} would allow anything"
         )
-    needed = 0
+    needed, level = 0, level_of(budget.confidence, 1)
+    if task.metric.aggregate is not None and level > RESAMPLED_UP_TO:
+        raise ConfigError(
+            f"Budget.confidence: {task.metric.name} is certified by resampling, which cannot tell confidences as high "
+            f"as {budget.confidence!r}; ask for 0.999 or less"
+        )
     if bounds is None:
         needed = MINIMUM_FOR_BOOTSTRAP
     elif budget.max_drop > 0 and bounds == (0.0, 1.0):
-        needed = smallest_certifiable(budget.max_drop, budget.confidence)
+        needed = smallest_certifiable(budget.max_drop, level)
     if len(split) < needed:
         raise SplitTooSmallError(
             f"split 'certify' has {len(split)} examples; to certify a drop of at most {budget.max_drop:g} of "
-            f"{task.metric.name} at confidence {budget.confidence:g} at least {needed} are needed even if no "
-            "prediction changes. Give it more examples, allow a larger max_drop, or pass Budget(max_drop=None) to do "
-            "without"
+            f"{task.metric.name} at confidence {budget.confidence:g} (the first question to a split is tested "
+            f"at {level:g}) at least {needed} are needed even if no prediction changes. Give it more examples, allow "
+            "a larger max_drop, or pass Budget(max_drop=None) to do without"
         )
 
 

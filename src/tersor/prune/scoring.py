@@ -24,7 +24,8 @@ class Scorer:
     """Scores families one after another; what a criterion says about a weight is computed once.
 
     A unit's score at a place sums the scores of all entries that it owns there; where a criterion has signed terms,
-    it is the square of their sum. A weight that is coupled along two dimensions counts at both.
+    it is the square of their sum. A weight that is coupled along two dimensions counts at both. A criterion that judges
+    units as such is asked once for each family.
 
     Args:
         tensors: Learned parameters by path; places that are not here (buffers) have no say, and neither have
@@ -70,6 +71,8 @@ class Scorer:
             UnsupportedError: if the criterion says nothing about any place of the family.
             NonFiniteError: naming the parameter whose scores hold NaN or Inf.
         """
+        if self.criterion.units is not None:
+            return self._normalised(self.criterion.units(family), 1)
         scores, owned = [], 0
         for place, members in family.members.items():
             if place.parameter not in self.tensors or not members.numel():
@@ -124,7 +127,7 @@ class Scorer:
     def _entries(self, weight: Tensor, evidence: Evidence) -> Tensor:
         function = self.criterion.terms or self.criterion.entries
         if function is None:
-            raise ConfigError(f"criterion {self.criterion.name!r} has neither entries nor slices; give it one of them")
+            raise ConfigError(f"criterion {self.criterion.name!r} has no entries, slices or units; give it one of them")
         return function(weight, evidence)
 
 

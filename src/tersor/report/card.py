@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tersor.core.report import Report
-from tersor.report import pruning, units, wording
+from tersor.report import pruning, search, units, wording
 
 RUNTIME_FILES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 LABELS_SHOWN = 20
@@ -56,6 +56,7 @@ def render_card(
         files=sorted(files.items()),
         prunings=pruning.parts(report, drawn=False),
         proof=pruning.proof,
+        searched=search.paragraph(report),
         families_shown=FAMILIES_SHOWN,
         inputs=inputs or {},
         outputs=outputs or {},

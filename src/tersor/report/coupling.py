@@ -85,7 +85,7 @@ class _Grid:
         for layer, position in self.columns.items():
             x, y = LABELS + GAP + self.width * (position + 0.5), self.top - 5
             turned = f' transform="rotate(-55 {x:.1f} {y})"'
-            found.append(_text(x, y, _shortened(layer or "(model)", 20), size=10, more=turned))
+            found.append(_text(x, y, units.ending(layer or "(model)", 20), size=10, more=turned))
         return found
 
     def row(self, number: int, row: Row) -> str:
@@ -94,7 +94,7 @@ class _Grid:
         told = f"{row.name}: touches {len(set(row.layers))} layers"
         parts = [
             _rectangle(LABELS + GAP, y, self.width * len(self.columns), self.height - 1.5, "line", opacity=0.35),
-            _text(LABELS, middle, _shortened(row.name, 34), size=self.size, anchor="end", colour="ink"),
+            _text(LABELS, middle, units.ending(row.name, 34), size=self.size, anchor="end", colour="ink"),
         ]
         numbers = sorted({self.columns[layer] for layer in row.layers if layer in self.columns})
         colour = "eager" if row.units is None else "deployed"
@@ -126,12 +126,6 @@ def _runs(numbers: Sequence[int], *, joined: bool) -> list[tuple[int, int]]:
         else:
             found.append((number, 1))
     return found
-
-
-def _shortened(name: str, limit: int) -> str:
-    """The end of a name says most."""
-    line = units.one_line(name)
-    return line if len(line) <= limit else "…" + line[1 - limit :]
 
 
 def _paint(colour: str) -> str:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tersor.core.report import ClassChange, Layer, Report
-from tersor.report import plots, pruning, quantization, units, wording
+from tersor.report import plots, pruning, quantization, search, search_plots, units, wording
 from tersor.report.coupling import ROWS_SHOWN
 
 LAYERS_SHOWN = 40
@@ -57,6 +57,7 @@ def render_html(report: Report) -> str:
         (role, name, facts.latency_ms) for role, name, facts in wording.models(report) if facts.latency_ms is not None
     ]
     classes = worst_classes(report)
+    found = search.found(report)
     return page_environment().get_template("report.html.j2").render(
         report=report,
         certificate=certificate,
@@ -71,6 +72,9 @@ def render_html(report: Report) -> str:
         classes_plot=plots.classes_plot(classes),
         classes=classes,
         sizes=size_bars(report),
+        search=search,
+        found=found,
+        search_plots=search_plots.drawn(found) if found else None,
         prunings=pruning.parts(report),
         proof=pruning.proof,
         quantizations=quantization.widths(report),

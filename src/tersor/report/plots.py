@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tersor.core.certificate import Certificate
 from tersor.core.report import ClassChange, Latency
 from tersor.report import units
-from tersor.report.svg import Colour, blank_axes, drawing, to_svg
+from tersor.report.svg import Colour, blank_axes, drawing, plain, ticks, to_svg
 
 CURVE_POINTS = 160
 Timed = tuple[str, str, Latency]  # role, name, times
@@ -45,7 +45,7 @@ def certificate_plot(certificate: Certificate, metric: str) -> Markup | None:
         figure, axes = blank_axes(170, left=14, right=14, top=30, bottom=44)
         axes.set(xlim=(start, end), ylim=(0, 1))
         axes.set_xlabel(f"drop in {units.metric_unit(metric)}", color=Colour.MUTED, parse_math=False)
-        _ticks(axes, start, end, logarithmic=False)
+        ticks(axes.xaxis, start, end, logarithmic=False)
         axes.axvspan(start, budget, color=Colour.GOOD, alpha=0.1, linewidth=0)
         axes.axvline(budget, color=Colour.GOOD, linewidth=2, linestyle=(0, (4, 2)))
         axes.axvline(0, color=Colour.LINE, linewidth=1)
@@ -95,7 +95,7 @@ def latency_plot(rows: Sequence[Timed]) -> Markup | None:
         axes.set_xscale("log")
         axes.set(xlim=(low, high), ylim=(0, len(rows)))
         axes.set_xlabel("milliseconds per call, logarithmic", color=Colour.MUTED)
-        _ticks(axes, low, high, logarithmic=True)
+        ticks(axes.xaxis, low, high, logarithmic=True)
         for floor, (role, name, latency) in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
             _ridge(axes, latency, floor, _STYLES[role][0], low, high)
             numbers = f"{units.significant(latency.median)} ms, p95 {units.significant(latency.p95)}"
@@ -166,7 +166,7 @@ def rounds_plot(rows: Sequence[Timed]) -> Markup | None:
         axes.set(xlim=(0.6, longest + 0.4), ylim=(-reach, reach))
         axes.set_xlabel("round, in the order of measuring", color=Colour.MUTED)
         axes.axhline(0, color=Colour.LINE, linewidth=1)
-        _ticks(axes, 1, longest, logarithmic=False, whole=True)
+        ticks(axes.xaxis, 1, longest, logarithmic=False, whole=True)
         _percent_ticks(axes, reach)
         for (role, name, _), line in zip(rows, lines, strict=True):
             colour, marker, style = _STYLES[role]
@@ -197,7 +197,7 @@ def classes_plot(classes: Sequence[ClassChange]) -> Markup | None:
         margin = 0.04 * max(high - low, 10)
         axes.set(xlim=(low - margin, max(high, low + 10) + margin), ylim=(len(classes) - 0.4, -0.6))
         axes.set_xlabel("accuracy of the class, %", color=Colour.MUTED)
-        _ticks(axes, low, max(high, low + 10), logarithmic=False, whole=True)
+        ticks(axes.xaxis, low, max(high, low + 10), logarithmic=False, whole=True)
         axes.grid(axis="x", color=Colour.LINE, linewidth=0.8)
         for row, change in enumerate(classes):
             _dumbbell(axes, row, change)
@@ -225,30 +225,8 @@ def _points(change: float) -> str:
     return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
-def _ticks(axes: Any, low: float, high: float, *, logarithmic: bool, whole: bool = False) -> None:
-    """A few round tick values inside the axis, written plainly."""
-    from matplotlib.ticker import MaxNLocator
-
-    values = _one_two_five(low, high) if logarithmic else []
-    if len(values) < 3:
-        values = list(MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high))
-    inside = [value for value in values if low <= value <= high]
-    axes.set_xticks(inside, [_number(value) for value in inside], parse_math=False)
-    axes.set_xticks([], minor=True)
-
-
-def _one_two_five(low: float, high: float) -> list[float]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
-    return [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-
-
 def _percent_ticks(axes: Any, reach: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = [value for value in MaxNLocator(4).tick_values(-reach, reach) if abs(value) <= reach]
-    axes.set_yticks(values, [f"{'+' if value > 0 else ''}{_number(value)} %" for value in values])
-
-
-def _number(value: float) -> str:
-    return f"{value:g}".replace("-", "−")
+    axes.set_yticks(values, [f"{'+' if value > 0 else ''}{plain(value)} %" for value in values])

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tersor.core.report import Latency, Report
-from tersor.report import units, wording
+from tersor.report import search, units, wording
 
 Value = TypeVar("Value", int, float)
 _STYLES = {"certified": "bold green", "not certified": "bold red", "no certificate": "bold yellow"}
@@ -43,6 +43,8 @@ def render_table(report: Report) -> RenderableType:
     for row in _rows(report):
         table.add_row(*(Text(cell) for cell in row))
     parts: list[RenderableType] = [table, Padding(_verdict(report), (1, 0, 0, 0))]
+    if line := search.line(report):
+        parts.append(Text(line))
     parts += [Text(f"! {caution}", style="yellow") for caution in _cautions(report)]
     return Group(*parts)
 
@@ -126,6 +128,8 @@ def _verdict(report: Report) -> Text:
     metric = wording.certified_metric(report)
     budget = units.exact_difference(certificate.max_drop, metric)
     counted = f"{units.integer(certificate.n)} examples, {wording.METHODS[certificate.method]}"
+    if level := wording.level(certificate):
+        counted += f", tested at {level}"
     text = f"{wording.bounded_loss(report, certificate)}; the budget is {budget} ({counted})."
     return line.append(f"{text} {wording.advice(certificate)}".strip(), style="not bold default")
 

@@ -34,6 +34,12 @@ def one_line(text: object, limit: int = 10_000) -> str:
     return line
 
 
+def ending(name: str, limit: int) -> str:
+    """The end of a long name, which says most."""
+    line = one_line(name)
+    return line if len(line) <= limit else "…" + line[1 - limit :]
+
+
 def known(value: float | None) -> bool:
     """Whether there is a finite number to show."""
     return value is not None and math.isfinite(value)

@@ -33,6 +33,13 @@ def confidence(certificate: Certificate) -> str:
     return f"{round(100 * certificate.confidence, 6):g} %"
 
 
+def level(certificate: Certificate) -> str:
+    """The confidence of this single test, as in ``99.55 %``, where it differs from the promised one; else empty."""
+    if certificate.level is None or certificate.level == certificate.confidence:
+        return ""
+    return f"{min(round(100 * certificate.level, 10), 99.9999999999):.12g} %"
+
+
 def headline(report: Report) -> str:
     """The whole result in one plain sentence."""
     parts = [
@@ -122,13 +129,20 @@ def advice(certificate: Certificate) -> str:
 
 
 def asked(certificate: Certificate) -> str:
-    """The warning about a certify split that has been asked before."""
+    """What is left of a certify split that has been asked before."""
     if certificate.times_asked == 1:
         return ""
+    if not level(certificate):
+        return (
+            f"This certify split has now been asked {units.integer(certificate.times_asked)} times. The stated "
+            "confidence is that of a single question; whoever keeps asking until the answer is yes passes sooner "
+            "or later by luck. Confirm on examples that no earlier run has seen."
+        )
     return (
-        f"This certify split has now been asked {units.integer(certificate.times_asked)} times. The stated "
-        "confidence is that of a single question; whoever keeps asking until the answer is yes passes sooner "
-        "or later by luck. Confirm on examples that no earlier run has seen."
+        f"This certify split has now been asked by {units.integer(certificate.times_asked)} runs, see "
+        f"certify-ledger.jsonl. This one was tested at {level(certificate)}, so that {confidence(certificate)} holds "
+        "over all questions together; the next one must be ten times as sure. Nothing holds for a candidate that was "
+        "made from earlier answers: confirm it on examples that no earlier run has seen."
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor.errors import ConfigError
+from tersor.graph.coupling.family import Family, Place
 from tersor.probe import Evidence, collect
 from tersor.probe.hessian import output_error
 from tersor.prune import criteria
@@ -68,10 +69,11 @@ def slices(name: str, weight: Tensor, dim: int, evidence: Evidence) -> Tensor | 
     return function(weight, dim, evidence)
 
 
-def test_every_criterion_knows_its_name_and_scores_either_way() -> None:
+def test_every_criterion_knows_its_name_and_scores_in_one_way() -> None:
     for name, criterion in KNOWN.items():
         assert criterion.name == name
-        assert (criterion.entries is None) != (criterion.slices is None)
+        ways = (criterion.entries, criterion.slices, criterion.units)
+        assert [way is None for way in ways].count(False) == 1
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,7 +103,7 @@ def test_a_zero_weight_scores_lowest(values: np.ndarray[Any, Any], name: str) ->
     assert float(scores.min()) == 0
 
 
-@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"random"}))
+@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"random", "order"}))
 @pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 2, 1, 0]])
 def test_scores_follow_the_outputs_when_they_are_reordered(name: str, order: list[int]) -> None:
     weight = normal(4, 3, 2)
@@ -251,6 +253,14 @@ def test_apoz_is_the_share_of_activity() -> None:
     assert found is not None
     assert found.tolist() == [1, 0.75, 0]
     assert slices("apoz", normal(3, 4), 1, known) is None
+
+
+@pytest.mark.parametrize("rows", [[[0], [1], [2], [3]], [[5, 1], [7, 0], [2, 3], [4, 6]]])
+def test_order_counts_units_wherever_they_stand(rows: list[list[int]]) -> None:
+    function = criteria.order.units
+    assert function is not None
+    members = {Place("first.weight", 0): torch.arange(4)[:, None], Place("second.weight", 1): torch.tensor(rows)}
+    assert function(Family("first.weight[0]", "channel", members)).tolist() == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tersor.prune.criteria.lamp import lamp
 from tersor.prune.criteria.movement import movement
 from tersor.prune.criteria.obd import obd
 from tersor.prune.criteria.obs import obs
+from tersor.prune.criteria.order import order
 from tersor.prune.criteria.random import random
 from tersor.prune.criteria.taylor import taylor
 from tersor.prune.criteria.wanda import wanda
@@ -28,6 +29,7 @@ __all__ = [
     "movement",
     "obd",
     "obs",
+    "order",
     "random",
     "taylor",
     "wanda",

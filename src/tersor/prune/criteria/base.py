@@ -1,6 +1,7 @@
 """What a criterion is, and how it reads the evidence about a weight.
 
-Shapes: `O` outputs, `K` columns of a weight seen as a matrix `[O, K]` (a convolution's `I · h · w`), `G` groups.
+Shapes: `O` outputs, `K` columns of a weight seen as a matrix `[O, K]` (a convolution's `I · h · w`), `G` groups, `U`
+units of a family.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tersor.errors import ConfigError
+from tersor.graph.coupling.family import Family
 from tersor.probe import Evidence, Need
 
 __all__ = ["Criterion", "Evidence", "Need", "has_needs", "missing", "per_column", "required"]
@@ -26,7 +28,9 @@ HOW: dict[Need, str] = {
 
 @dataclass(frozen=True)
 class Criterion:
-    """How much it would hurt to lose something; the lowest scores go first. Either `entries` or `slices` is given.
+    """How much it would hurt to lose something; the lowest scores go first.
+
+    One of `entries`, `slices` and `units` is given.
 
     Attributes:
         name: What recipes call it.
@@ -35,6 +39,7 @@ class Criterion:
             shape; a unit's score is the squared sum of its terms.
         slices: `(weight, dim, evidence) -> scores [weight.shape[dim]]`, where a slice is judged as a whole; None
             from the function means "says nothing about this dimension of this weight".
+        units: `family -> scores [U]`, where not the weights count but which unit it is.
         needs: What must have been measured.
     """
 
@@ -42,6 +47,7 @@ class Criterion:
     slices: Callable[[Tensor, int, Evidence], Tensor | None] | None = None
     needs: frozenset[Need] = frozenset()
     terms: Callable[[Tensor, Evidence], Tensor] | None = None
+    units: Callable[[Family], Tensor] | None = None
     name: str = "unnamed"
 
 

@@ -1,0 +1,1 @@
+"""What is copied into a bench kit as it is; it imports nothing of tersor."""

@@ -1,0 +1,322 @@
+"""What a search is given: trials in processes of their own, latencies when nothing else runs, tables, and the clock."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+from tersor.core.context import Progress
+from tersor.core.files import write_whole
+from tersor.core.machine import versions
+from tersor.core.report import Latency
+from tersor.core.search import Choice, TrialRecord
+from tersor.core.step import Step
+from tersor.distill import Recover
+from tersor.measure import Contestant, Protocol, latency, paired_ratio
+from tersor.measure.latency import Measured
+from tersor.measure.lease import Lease
+from tersor.pipeline.points import Builder
+from tersor.pipeline.trial import Material, Outcome, Trial
+from tersor.runtimes import Loaded
+from tersor.search.cost_store import fingerprint, measure_table
+from tersor.search.costs import CostTable, Point
+from tersor.search.damage import DamageTable, measure_damage
+from tersor.search.defaults import training
+from tersor.search.family import FamilyName
+from tersor.search.halving import steps_on, trials_on
+from tersor.search.moves import steps_of
+from tersor.search.settings import Search
+from tersor.search.store import Job, TrialStore
+from tersor.search.supervise import Ended, Limits, Pool
+
+logger = logging.getLogger("tersor")
+
+DAMAGE_EXAMPLES, DAMAGE_BATCH = 256, 64
+QUICK = Protocol(rounds=6, round_seconds=0.15)
+PATIENCE, GRACE = 3.0, 120.0  # a trial may take so many times what was expected, and so many seconds more
+EXPORT_SECONDS = 30.0  # of a trial without its training, while none has been run
+FINISH = 0.1  # share of the time that is kept for the certificate and the last measurements
+
+
+@dataclass
+class Laboratory:
+    """The models and the machine of one search; see `tersor.search.driver.Laboratory`.
+
+    Attributes:
+        material: What all trials share.
+        saved: Where it was saved for them.
+        uncompressed: The caller's model in the target's runtime.
+        settings: What the search may do.
+        family: What kind of network it is.
+        store: Of the trials.
+        seconds_per_step: Of training the whole model with the original beside it.
+        before: Steps in front of every recipe, such as the training of a super-network.
+        progress: Told which trial runs.
+    """
+
+    material: Material
+    saved: Path
+    uncompressed: Loaded
+    settings: Search
+    family: FamilyName
+    store: TrialStore
+    seconds_per_step: float
+    before: tuple[Step, ...]
+    progress: Progress
+    started: float = field(default_factory=time.monotonic)
+    earlier: float = 0.0
+    lease: Lease = field(default_factory=Lease)
+    _damages: DamageTable | None = None
+    _baseline: Latency | None = None
+
+    def __post_init__(self) -> None:
+        self.store.abandon_stale()
+        self.earlier = sum(record.seconds for record in self.store.finished())
+
+    @property
+    def seconds(self) -> float:
+        """That the search has taken, with what it took before it was interrupted."""
+        return self.earlier + time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds that trials may still take."""
+        return 60 * self.settings.minutes * (1 - FINISH) - self.seconds
+
+    # --- trials
+
+    def run(self, jobs: Sequence[Job]) -> list[TrialRecord]:
+        """Runs trials, or takes them from the store; those for which there is no time are left out."""
+        ended = {(record.choice.key, record.rung): record for record in self.store.finished()}
+        claimed: dict[str, tuple[int, Job]] = {}
+        plan = self.material.plan
+        with Pool(self.settings.workers, threads=plan.target.threads) as pool, ExitStack() as working:
+            for job in jobs:
+                if (job.choice.key, job.rung) in ended:
+                    continue
+                expected = self._expected(job)
+                if expected > self.left:
+                    logger.info("search: no time is left for %s on rung %d", job.choice.key, job.rung)
+                    continue
+                number = self.store.start(job)
+                if number is None:
+                    continue
+                claimed[str(number)] = number, job
+                trial = Trial(self.saved, job.choice, tuple(self.steps(job.choice, job.rung)), job.rung)
+                limits = Limits(
+                    log=self.material.directory / f"{number:04d}.log",
+                    seconds=PATIENCE * expected + GRACE,
+                    memory_bytes=self.settings.memory_bytes,
+                    on_start=lambda group: working.enter_context(self.lease.working(group)),
+                    poll=self._heal,
+                )
+                pool.submit(str(number), trial, limits)
+            for name, result in pool.as_completed():
+                number, job = claimed[name]
+                record = self._record(number, job, result)
+                self.store.finish(record)
+                ended[job.choice.key, job.rung] = record
+                self.progress("trials", len(self.store.finished()), self._most())
+                _tell(record)
+        return [ended[job.choice.key, job.rung] for job in jobs if (job.choice.key, job.rung) in ended]
+
+    def steps(self, choice: Choice, rung: int) -> list[Step]:
+        """The recipe of a choice on a rung: trainings of all rungs up to it, one after another."""
+        trainings = [self.trainings[level] for level in range(rung + 1)] if choice.skipped or choice.widths else []
+        criterion = "order" if self.before else self.settings.criterion
+        steps = steps_of(choice, self.material.space, trainings, criterion=criterion)
+        return [*self.before, *steps] if trainings else steps
+
+    @cached_property
+    def trainings(self) -> Sequence[Recover]:
+        """One per rung. How long they are follows from the time that was left when this was first asked, and is kept.
+
+        Otherwise a search that goes on later would train otherwise than it did before.
+        """
+        path = self.material.directory / "steps.json"
+        if path.exists():
+            steps = [int(value) for value in json.loads(path.read_text())]
+        else:
+            steps = self._steps()
+            write_whole(path, json.dumps(steps).encode())
+        logger.info("search: trainings of %s steps", ", ".join(map(str, steps)))
+        return [training(self.settings, self.family, self.material.plan.task, count) for count in steps]
+
+    def _steps(self) -> list[int]:
+        trials, eta, finalists = self.settings.trials, self.settings.eta, self.settings.finalists
+        counts = [trials_on(rung, trials=trials, eta=eta, finalists=finalists) for rung in range(3)]
+        free = max(1.0, self.left - sum(counts) * self._overhead())
+        return [
+            steps_on(
+                rung,
+                seconds=free * self.settings.workers,
+                seconds_per_step=self.seconds_per_step,
+                trials=trials,
+                eta=eta,
+                finalists=finalists,
+            )
+            for rung in range(3)
+        ]
+
+    def _expected(self, job: Job) -> float:
+        """Seconds that a trial is expected to take."""
+        if not (job.choice.skipped or job.choice.widths):
+            return 0.0  # what is tried first, and must be
+        return self._overhead() + (self.trainings[job.rung].schedule.max_steps or 0) * self.seconds_per_step
+
+    def _overhead(self) -> float:
+        seconds = [r.seconds for r in self.store.finished() if not (r.choice.skipped or r.choice.widths)]
+        return max(seconds, default=EXPORT_SECONDS)
+
+    def _most(self) -> int:
+        trials, eta, finalists = self.settings.trials, self.settings.eta, self.settings.finalists
+        trained = sum(trials_on(rung, trials=trials, eta=eta, finalists=finalists) for rung in range(3))
+        return trained + len(self.material.space.formats)
+
+    def _record(self, number: int, job: Job, result: Ended) -> TrialRecord:
+        record = TrialRecord(
+            number=number,
+            choice=job.choice,
+            rung=job.rung,
+            source=job.source,
+            status=result.status,
+            reason=result.reason,
+            predicted_drop=job.predicted_drop,
+            predicted_ms=job.predicted_ms,
+            seconds=result.seconds,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        if result.status != "finished":
+            return record
+        outcome: Outcome = result.value
+        latency_ms, peak_memory_bytes = self._timed(job)
+        return record.model_copy(
+            update={
+                "drop": outcome.drop,
+                "drop_bound": outcome.bound,
+                "size_bytes": outcome.size_bytes,
+                "macs": outcome.macs,
+                "recipe": dict(outcome.recipe),
+                "latency_ms": latency_ms,
+                "peak_memory_bytes": peak_memory_bytes,
+            }
+        )
+
+    # --- measurements
+
+    def _timed(self, job: Job) -> tuple[float, int | None]:
+        """Latency and peak memory of a trial. They do not depend on its training: a lower rung's are taken again."""
+        for record in self.store.finished():
+            if record.choice.key == job.choice.key and record.latency_ms is not None:
+                return record.latency_ms, record.peak_memory_bytes
+        loaded = self.material.loaded(self.steps(job.choice, job.rung), job.choice, job.rung)
+        protocol = Protocol(rounds=self.material.plan.budget.rounds)
+        found = self.latencies({"trial": loaded}, protocol)["trial"]
+        return found.latency.median, found.peak_memory_bytes
+
+    def latencies(self, models: Mapping[str, Loaded], protocol: Protocol) -> dict[str, Measured]:
+        """Latencies in milliseconds as on the day of the first measurement: the uncompressed model is always beside."""
+        plan = self.material.plan
+        preload = (plan.runtime.package,)
+        contestants = {name: Contestant(model, preload) for name, model in models.items()}
+        with self.lease.measuring():
+            found = latency(
+                {"uncompressed": Contestant(self.uncompressed, preload), **contestants},
+                plan.task.example(plan.target.batch),
+                threads=plan.target.threads,
+                protocol=protocol,
+            )
+        reference = found.pop("uncompressed").latency
+        if self._baseline is None:
+            self._baseline = reference
+        return {
+            name: measured._replace(latency=_scaled(measured.latency, reference, self._baseline))
+            for name, measured in found.items()
+        }
+
+    @property
+    def baseline_ms(self) -> float | None:
+        """Of the uncompressed model in the target's runtime, when it was first measured."""
+        return None if self._baseline is None else self._baseline.median
+
+    def costs(self, format: str) -> CostTable:
+        """The cost table of a number format; what was measured before on this machine is taken again."""
+        plan, space = self.material.plan, self.material.space
+        version = versions().get(plan.runtime.package, "")
+        key = fingerprint(
+            space,
+            format,
+            runtime=plan.runtime.name,
+            version=version,
+            threads=plan.target.threads,
+            batch=plan.target.batch,
+        )
+        builder = Builder(plan, space, format)
+
+        def measure(choices: Sequence[Choice]) -> list[Point]:
+            with builder.built(choices) as models:
+                found = self.latencies({key: model.loaded for key, model in models.items()}, QUICK)
+                return [builder.point(choice, models[choice.key], found[choice.key]) for choice in choices]
+
+        return measure_table(space, format, measure, fingerprint=key, points=self.settings.points, seed=plan.seed)
+
+    def damages(self) -> DamageTable:
+        """What each decision does alone, on calibration examples."""
+        if self._damages is None:
+            plan = self.material.plan
+            split = plan.task.require("calibrate", "a search that cuts")
+            count = min(DAMAGE_EXAMPLES, len(split))
+            batches = [
+                split.batch(range(start, min(start + DAMAGE_BATCH, count))) for start in range(0, count, DAMAGE_BATCH)
+            ]
+            self._damages = measure_damage(
+                plan.original,
+                self.material.space,
+                batches,
+                output=plan.task.output,
+                loss=plan.task.loss,
+                criterion=self.settings.criterion,
+                seed=plan.seed,
+                progress=lambda label, done, total, _=None: self.progress("damages", done, total),
+            )
+        return self._damages
+
+    def _heal(self) -> None:
+        self.lease.heal()
+
+
+def _scaled(measured: Latency, reference: Latency, baseline: Latency) -> Latency:
+    """Times as they would have been beside `baseline`: a machine that is slow today is slow for both."""
+    median = baseline.median / paired_ratio(reference, measured)
+    factor = median / measured.median
+    return Latency(
+        median=median,
+        p95=measured.p95 * factor,
+        iqr=measured.iqr * factor,
+        n=measured.n,
+        best=measured.best * factor,
+        rounds=[value * factor for value in measured.rounds],
+        histogram=[value * factor for value in measured.histogram],
+    )
+
+
+def _tell(record: TrialRecord) -> None:
+    what = f"{len(record.choice.skipped)} blocks gone, {len(record.choice.widths)} families cut, {record.choice.format}"
+    if record.status == "finished":
+        logger.info(
+            "trial %d, rung %d (%s): drop %.4f, %.3f ms",
+            record.number,
+            record.rung,
+            what,
+            record.drop,
+            record.latency_ms,
+        )
+    else:
+        logger.warning("trial %d, rung %d (%s): %s, %s", record.number, record.rung, what, record.status, record.reason)
