@@ -44,9 +44,13 @@ METHODS = sorted(
     | {
         "core/quantization.py",
         "distill/ensemble.py",
+        "distill/once_for_all.py",
         "distill/mutual.py",
         "distill/recover.py",
         "distill/sequences.py",
+        "search/costs.py",
+        "search/halving.py",
+        "search/sampler.py",
         "distill/students/family.py",
         "distill/students/shallow.py",
         "distill/train.py",

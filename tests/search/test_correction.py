@@ -53,6 +53,11 @@ def test_three_trials_give_a_curve() -> None:
     assert model.predict(math.expm1(6.0)) == pytest.approx(0.6 + 2 * slope)
 
 
+def test_trials_of_equal_damage_count_each() -> None:
+    model = DropModel().fit([1.0, 1.0, 3.0], [0.5, 0.3, 0.1])
+    assert model.predict(1.0) == model.predict(3.0) == pytest.approx(0.3)
+
+
 def test_trials_without_damage_say_nothing_of_a_line() -> None:
     assert DropModel().fit([0.0], [0.2]).predict(0.4) == 0.4
     assert DropModel().fit([0.0, 0.0, 0.0], [0.2, 0.1, 0.0]).predict(0.4) == pytest.approx(0.075)
@@ -87,8 +92,7 @@ def test_a_block_that_hurts_more_than_it_seemed_is_found() -> None:
     assert strengths["b1"] > 1.5 * strengths["b0"]
     assert found.damages["f"] == TABLE.damages["f"]  # no trial has cut it
     assert found.measure == TABLE.measure
-    scale = math.sqrt(found.damages["b0"][0] * found.damages["b1"][0]) / 0.1
-    assert found.pairs == {("b0", "b1"): pytest.approx(0.02 * scale)}
+    assert found.pairs == {("b0", "b1"): pytest.approx(0.02 * found.damages["b0"][0] / 0.1)}
     # the tables say of new choices what would have been measured, in order
     new = [Choice(skipped=three) for three in itertools.combinations(BLOCKS, 3)]
     real = np.array([measured(choice, truth)[1] for choice in new])
@@ -102,6 +106,13 @@ def test_trials_as_expected_change_nothing() -> None:
     given = [measured(Choice(skipped=(name,)), {}) for name in BLOCKS]
     found = adjust(exact, given, SPACE)
     assert all(found.damages[name][0] == pytest.approx(0.1) for name in BLOCKS)
+
+
+def test_one_trial_alone_moves_a_damage_half_of_the_way() -> None:
+    given = [(Choice(skipped=(name,)), 0.5 if name == "b1" else 0.005) for name in BLOCKS]
+    found = adjust(TABLE, given, SPACE)
+    assert found.damages["b1"][0] == pytest.approx(0.1 * (1 + 4) / 2)  # of a ratio that is far above 4
+    assert found.damages["b2"][0] == pytest.approx(0.1 * (1 + 0.25) / 2)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -15,7 +15,7 @@ from tersor.core.task import Task
 from tersor.errors import ConfigError, DataError, NonFiniteError
 from tersor.graph import apply_surgery, plan_surgery
 from tersor.prune import choose_units, depth
-from tersor.search.damage import DamageTable, measure_damage, strength
+from tersor.search.damage import DamageTable, measure_damage
 from tersor.search.discover import discover
 from tersor.search.space import BLOCK, Group, Space
 from zoo import integers, normal, seeded, state_hash
@@ -135,7 +135,11 @@ def test_pairs_follow_the_seed_and_never_exceed_what_there_is(space: Space) -> N
     assert pairs(4, 0) == pairs(4, 0)
     assert pairs(4, 0) != pairs(4, 1)
     everything = pairs(1000, 0)
-    assert len(everything) == len(set(everything))
+    assert len(everything) == len(space.groups) - 1  # a tree
+    names = {group.name for group in space.groups[:1]}
+    for _ in everything:
+        names |= {name for pair in everything if names & set(pair) for name in pair}
+    assert names == set(space.by_name)
     inside = {(group.inside, group.name) for group in space.groups if group.inside}
     assert not inside & set(everything)
 
@@ -226,11 +230,15 @@ def test_a_sum_of_decisions_is_predicted_and_recorded() -> None:
     table = DamageTable(
         "mse", {"b": {0: 1.0}, "f": {8: 0.25, 4: 0.5}, "s": {4: 2.0}}, {("f", "s"): 0.3, ("b", "s"): -0.5}
     )
-    assert strength(inner, 16) == 0
-    assert strength(inner, 8) == pytest.approx(2 / 3)
-    assert strength(inner, 4) == strength(block, 0) == 1
+    assert table.strength(inner, 16) == 0
+    assert table.strength(inner, 8) == pytest.approx(1 / 2)
+    assert table.strength(inner, 4) == table.strength(block, 0) == 1
+    harmless = DamageTable("loss", {"f": {8: 0.1, 4: -0.1}, "g": {8: 0.9, 6: -0.3, 4: 0.6}})
+    assert harmless.strength(inner, 8) == pytest.approx(2 / 3)
+    uneven = Group("g", "channel", (16, 8, 6, 4))
+    assert [harmless.strength(uneven, option) for option in uneven.options] == [0, 1, 0, 1]
     assert table.predict(space, Choice()) == 0
-    assert table.predict(space, Choice(widths={"f": 8, "s": 4})) == pytest.approx(0.25 + 2 + 0.3 * 2 / 3)
+    assert table.predict(space, Choice(widths={"f": 8, "s": 4})) == pytest.approx(0.25 + 2 + 0.3 / 2)
     assert table.predict(space, Choice(skipped=("b",), widths={"f": 4, "s": 4})) == pytest.approx(1 + 2 - 0.5)
     with pytest.raises(ConfigError, match="nothing was measured of 'f' with 5 of 16"):
         table.predict(space, Choice(widths={"f": 5}))

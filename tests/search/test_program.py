@@ -271,21 +271,23 @@ def test_other_costs_of_many_families_keep_the_limit(seed: int, bend: float) -> 
         "divergence", {name: {o: abs(d) for o, d in row.items()} for name, row in damages.damages.items()}
     )
     prices = Bent(space, bend=bend)
-    limit = between([prices.predict_ms(choice) for choice in everything(space)], 0.5)
-    found = solve(space, prices, damages, Limits(max_ms=limit), format=FORMAT)
-    assert found is not None
-    assert prices.predict_ms(found) <= limit * (1 + 1e-6)
+    times = [prices.predict_ms(choice) for choice in everything(space)]
+    for share in (0.2, 0.4, 0.6, 0.8):
+        limit = between(times, share)
+        found = solve(space, prices, damages, Limits(max_ms=limit), format=FORMAT)
+        assert found is not None
+        assert prices.predict_ms(found) <= limit * (1 + 1e-6)
 
 
 def test_bytes_of_what_nothing_decides_are_counted() -> None:
     space, damages = made(5, blocks=2, inside=2, streams=0)  # the head belongs to no group
     prices = Prices(space)
-    limit = between([prices.predict_bytes(choice) for choice in everything(space)], 0.4)
-    prices.asked.clear()
-    found = solve(space, prices, damages, Limits(max_bytes=limit), format=FORMAT)
-    assert found is not None
-    assert len(prices.asked) == 3  # the whole, the smallest, and the first answer
-    assert prices.predict_bytes(found) <= limit
+    sizes = [prices.predict_bytes(choice) for choice in everything(space)]
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        prices.asked.clear()
+        found = solve(space, prices, damages, Limits(max_bytes=between(sizes, share)), format=FORMAT)
+        assert found is not None
+        assert len(prices.asked) == 3  # the whole, the smallest, and the first answer
 
 
 def resnet_like(seed: int = 0) -> tuple[Space, DamageTable]:

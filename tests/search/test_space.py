@@ -89,9 +89,7 @@ def test_widths_begin_with_all_and_fall(size: int, kind: str) -> None:
         {"blocks.0.first.weight[0]": 8, "blocks.1.first.weight[0]": 16},
     ],
 )
-def test_a_recipe_makes_the_sizes_that_the_space_tells(
-    model: nn.Module, space: Space, options: dict[str, int]
-) -> None:
+def test_a_recipe_makes_the_sizes_that_the_space_tells(model: nn.Module, space: Space, options: dict[str, int]) -> None:
     choice = space.choice(options)
     candidate = Candidate(frozen_copy(model))
     context = Context(TASK, Target(), candidate.module)

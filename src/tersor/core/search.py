@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tersor.core.config import Config
 
 Source = Literal["preset", "program", "sampler", "once-for-all"]
+Pair = Annotated[tuple[str, str, float], Field(strict=False)]  # JSON has lists
 Status = Literal["finished", "failed", "timeout", "out of memory", "killed", "not finite"]
 
 
@@ -72,8 +73,8 @@ class DamageRecord(Config):
 
     measure: str = Field(description="what the damages are")
     rows: list[DamageRow]
-    pairs: list[tuple[str, str, float]] = Field(
-        default_factory=list, strict=False, description="two decisions at their strongest option, damage beyond the sum"
+    pairs: list[Pair] = Field(
+        default_factory=list, description="two decisions at their strongest option, damage beyond the sum"
     )
 
 

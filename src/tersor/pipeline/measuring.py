@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, inf
@@ -12,6 +14,7 @@ from torch import nn
 from tersor.core.candidate import Candidate
 from tersor.core.certificate import Certificate
 from tersor.core.context import Progress
+from tersor.core.files import sha256
 from tersor.core.report import ModelFacts, Ratios
 from tersor.core.split import Split
 from tersor.errors import ConfigError
@@ -118,9 +121,20 @@ def certificate_for(plan: Plan, exported: Exported, run: str, beside: Path, prog
     split, max_drop = plan.task.get("certify"), plan.budget.max_drop
     if split is None or max_drop is None:
         return None
-    times_asked = ask(beside / NAME, split=split.fingerprint, run=run)
+    times_asked = ask(beside / NAME, split=split.fingerprint, run=question(run, [exported.files]))
     level = level_of(plan.budget.confidence, times_asked)
     return certificate_at(plan, compare(plan, exported, split, progress), level=level, times_asked=times_asked)
+
+
+def question(run: str, models: Sequence[Sequence[Path]]) -> str:
+    """What a run asks about: itself, and the very files, in the order of the tests.
+
+    The same call may end in other files where a clock or a device decides; that is another question.
+    """
+    digest = hashlib.sha256(run.encode())
+    for files in models:
+        digest.update("".join(sha256(path) for path in sorted(files)).encode() + b";")
+    return digest.hexdigest()[:32]
 
 
 def certificate_at(plan: Plan, compared: Compared, *, level: float, times_asked: int) -> Certificate:

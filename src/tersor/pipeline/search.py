@@ -32,6 +32,7 @@ from tersor.pipeline.measuring import (
     compare,
     evaluate_original,
     export,
+    question,
 )
 from tersor.pipeline.plan import Plan
 from tersor.pipeline.run_directory import RunDirectory
@@ -177,7 +178,9 @@ def _ended(driver: Driver, lab: Laboratory, run: RunDirectory, progress: Progres
         reasons = "; ".join(f"{r.status}: {r.reason}" for r in driver.records[:3])
         raise ConfigError(f"no trial of the search finished ({reasons}); see the logs in {lab.material.directory}")
     split = plan.task.require("certify", "a search")
-    asked = ask(run.path.absolute().parent / NAME, split=split.fingerprint, run=run.identity)
+    models = [_files(lab, records[contender.trial]) for contender in contenders]
+    ledger = run.path.absolute().parent / NAME
+    asked = ask(ledger, split=split.fingerprint, run=question(run.identity, models))
     level = level_of(plan.budget.confidence, asked)
     original = evaluate_original(plan, split, progress)
     certificates: dict[int, Certificate] = {}
@@ -200,6 +203,11 @@ def _ended(driver: Driver, lab: Laboratory, run: RunDirectory, progress: Progres
         certificate=certificates[best.number],
         record=_record(driver, lab, ladder, best),
     )
+
+
+def _files(lab: Laboratory, record: TrialRecord) -> list[Path]:
+    directory = exported_directory(lab.material.run_of(record.choice), record.rung)
+    return [path for path in directory.rglob("*") if path.is_file()]
 
 
 def _exported(lab: Laboratory, record: TrialRecord) -> Exported:

@@ -82,7 +82,8 @@ def adjust(damages: DamageTable, trials: Sequence[tuple[Choice, float]], space: 
     The line of `DropModel`, ``drop = a · log(1 + damage)``, tells which damage each trial's drop stands for. Its ratio
     to the predicted damage, within the same range, is explained by the groups that the trial cut, each by its share
     `S [T, G]` of the predicted damage: ``min ‖S δ − (ratio − 1)‖² + λ ‖δ‖²``, with `λ` the mean square of the rows of
-    `S`, and the multiplier `1 + δ`. Pairs follow their two groups. Groups that no trial has cut stay as they are.
+    `S`, and the multiplier `1 + δ`. Pairs follow the smaller one of their two groups. Groups that no trial has
+    cut stay as they are.
 
     Args:
         damages: As they were measured.
@@ -119,7 +120,5 @@ def adjust(damages: DamageTable, trials: Sequence[tuple[Choice, float]], space: 
         name: {option: damage * by_name.get(name, 1.0) for option, damage in row.items()}
         for name, row in damages.damages.items()
     }
-    pairs = {
-        (one, other): extra * math.sqrt(by_name[one] * by_name[other]) for (one, other), extra in damages.pairs.items()
-    }
+    pairs = {(one, other): extra * min(by_name[one], by_name[other]) for (one, other), extra in damages.pairs.items()}
     return DamageTable(damages.measure, scaled, pairs)

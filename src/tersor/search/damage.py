@@ -70,6 +70,17 @@ class DamageTable:
                 "measure the damages of this space"
             ) from None
 
+    def strength(self, group: Group, option: int) -> float:
+        """Damage of an option over that of the strongest, within 0 and 1: what a pair's interaction is scaled by.
+
+        Where the strongest does no damage, units that go over those that go at most.
+        """
+        whole, least = group.options[0], group.options[-1]
+        most = self.of(group, least)
+        if option in (whole, least) or most <= 0:
+            return (whole - option) / max(1, whole - least)
+        return min(1.0, max(0.0, self.of(group, option) / most))
+
     def predict(self, space: Space, choice: Choice) -> float:
         """``Σ_g d_g(o_g) + Σ_(g,h) d_gh · s_g(o_g) · s_h(o_h)``, with the strengths `s` of `strength`.
 
@@ -83,7 +94,7 @@ class DamageTable:
             if group.inside in choice.skipped:
                 options[group.name] = group.options[0]
         alone = sum(self.of(group, options[group.name]) for group in space.groups)
-        strengths = {group.name: strength(group, options[group.name]) for group in space.groups}
+        strengths = {group.name: self.strength(group, options[group.name]) for group in space.groups}
         return alone + sum(extra * strengths[one] * strengths[other] for (one, other), extra in self.pairs.items())
 
     def record(self, space: Space) -> DamageRecord:
@@ -102,18 +113,12 @@ class DamageTable:
         )
 
 
-def strength(group: Group, option: int) -> float:
-    """Units that go under an option, of those that go at most: 0 while all stay, 1 for the strongest option."""
-    whole, least = group.options[0], group.options[-1]
-    return (whole - option) / max(1, whole - least)
-
-
 class DamageSettings(Config):
     """How damages are measured.
 
     Attributes:
         criterion: Which units of a family go; a name from `prune.criteria`, as in the recipe that carries it out.
-        pairs: How many pairs of decisions are measured together.
+        pairs: How many pairs of decisions are measured together; fewer than groups, since they form no cycle.
         seed: Chooses the pairs.
         measure: `divergence`, ``mean KL(softmax(y) ‖ softmax(ŷ))`` of the original's outputs `y [B, …, K]` and the
             changed model's `ŷ`; `mse`, ``‖ŷ − y‖² / ‖y‖²``; `loss`, the rise of the task's loss. By default the
@@ -314,7 +319,11 @@ def _material(batches: Sequence[Batch], output: str | int | None, loss: Loss | N
 
 
 def _pairs(groups: Sequence[Group], count: int, seed: int) -> list[tuple[Group, Group]]:
-    """Adjacent blocks, one block with a family outside it, then whatever is near; in a seeded order."""
+    """Adjacent blocks, one block with a family outside it, then whatever is near; in a seeded order, without cycles.
+
+    Damages saturate, so interactions are mostly negative. Along a cycle they would be taken off too often; without
+    one no sum falls below its parts, as long as no pair damages less than one of its two.
+    """
     random = np.random.default_rng(seed)
     blocks = [group for group in groups if group.kind == BLOCK]
     families = [group for group in groups if group.kind != BLOCK]
@@ -323,4 +332,11 @@ def _pairs(groups: Sequence[Group], count: int, seed: int) -> list[tuple[Group, 
     rest = [*pairwise(families)]
     near, mixed, rest = ([pairs[i] for i in random.permutation(len(pairs))] for pairs in (near, mixed, rest))
     first = near[: max(0, count - 1)]
-    return [*first, *mixed[:1], *near[len(first) :], *rest, *mixed[1:]][:count]
+    tree = {group.name: group.name for group in groups}
+    found: list[tuple[Group, Group]] = []
+    for one, other in (*first, *mixed[:1], *near[len(first) :], *rest, *mixed[1:]):
+        old, new = tree[one.name], tree[other.name]
+        if old != new and len(found) < count:
+            tree = {name: new if root == old else root for name, root in tree.items()}
+            found.append((one, other))
+    return found

@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 
 from tersor.core.search import Choice
 from tersor.errors import ConfigError
-from tersor.search.damage import DamageTable, strength
+from tersor.search.damage import DamageTable
 from tersor.search.space import Group, Space, Weight
 
 LARGEST_TABLE = 128  # joint options of one weight
@@ -249,7 +249,7 @@ class _Program:
         for pair, extra in damages.pairs.items():
 
             def together(options: Mapping[str, int], extra: float = extra) -> Array:
-                strengths = [strength(self.space.by_name[name], option) for name, option in options.items()]
+                strengths = [damages.strength(self.space.by_name[name], option) for name, option in options.items()]
                 return np.array([0.0, 0.0, extra * math.prod(strengths)])
 
             self._add(sorted(pair, key=self.order.__getitem__), together)

@@ -162,8 +162,8 @@ class Pool:
 def sweep(directory: Path) -> int:
     """Removes what parents that were killed have left beside their logs, and counts it.
 
-    A guard removes its own; this is for parents that died before they had one. Nobody may be running functions that
-    log to this directory: call it with the search's lock held.
+    A guard removes its own; this is for parents that died before they had one, or after it had ended. Nobody may be
+    running functions that log to this directory: call it with the search's lock held.
     """
     left = [entry for entry in directory.glob(f"{_SCRATCH}*") if entry.is_dir()]
     for entry in left:
