@@ -100,6 +100,7 @@ MOST_ARGUMENTS = 7
 # A command line has its options, a card its sections, a task its splits, a loop its callbacks: each is one flat list,
 # nothing branches.
 MORE_ARGUMENTS = {
+    "cli/advise.py": {"advise_command"},
     "cli/distill.py": {"distill_command"},
     "cli/main.py": {"compress_command"},
     "cli/prune.py": {"prune_command"},

@@ -17,7 +17,7 @@ def advised(command: Command, in_problem: None) -> Command:
     """`tersor advise …` in the directory of the problem's module."""
 
     def run(*options: object, model: str = "problem:build", task: str = "problem:small_task") -> Any:
-        return command("advise", "--model", model, "--task", task, "--threads", 1, *options)
+        return command("advise", "--model", model, "--task", task, *options)
 
     return run
 
@@ -30,7 +30,7 @@ def test_it_prints_what_the_function_gives(advised: Command, problem: Any, scena
         problem.module.build(),
         problem.small_task(),
         scenario=scenario,
-        target=tersor.Target(target, threads=1),
+        target=tersor.Target(target),
         budget=tersor.Budget(max_drop=0.02),
     )
     assert json.loads(said.out) == json.loads(expected.model_dump_json())

@@ -197,10 +197,10 @@ def test_a_sweep_keeps_to_its_bounds_and_skips_what_is_known() -> None:
     prices = Prices(space)
     whole = prices.predict_ms(space.choice({}, FORMAT))
     low, high = whole * 0.5, whole * 0.8
-    first = sweep(space, prices, damages, format=FORMAT, points=4, fastest_ms=low, slowest_ms=high)
+    first = sweep(space, prices, damages, format=FORMAT, points=4, between=(low, high))
     assert prices.predict_ms(first[0]) <= high * (1 + 1e-6)
     assert prices.predict_ms(first[-1]) <= low * (1 + 1e-6)
-    second = sweep(space, prices, damages, format=FORMAT, points=4, fastest_ms=low, slowest_ms=high, without=first)
+    second = sweep(space, prices, damages, format=FORMAT, points=4, between=(low, high), without=first)
     assert second
     assert not {choice.key for choice in first} & {choice.key for choice in second}
     with pytest.raises(ConfigError, match="points"):

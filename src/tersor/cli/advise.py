@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -23,8 +22,6 @@ from tersor.search.advisor import Advice, Recommendation, advise
 from tersor.search.estimate import Estimate
 from tersor.search.rules import Scenario
 
-CORES = os.cpu_count() or 1
-
 
 def advise_command(
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the module, or hf:DIR.")],
@@ -35,12 +32,11 @@ def advise_command(
     scenario: Annotated[str, typer.Option(help="edge, server, constrained or gpu.")],
     weights: Weights = None,
     target: Annotated[str, typer.Option(help="eager, inductor, onnxruntime or openvino.")] = "onnxruntime",
-    threads: Annotated[int, typer.Option(min=1, help="Threads that it will run on.")] = CORES,
     max_drop: Annotated[float, typer.Option(help="Acceptable drop, 0.01 = one point.")] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say which recipe to start from for a model and a target, what is known of it, and what was ruled out."""
-    place = Target(target, threads=threads, dynamic=DYNAMIC if task.startswith(PREFIX) else {})
+    place = Target(target, dynamic=DYNAMIC if task.startswith(PREFIX) else {})
     budget = Budget(max_drop=max_drop)
     with redirect_stdout(sys.stderr):  # whatever the model and its data print is no result
         candidate = load_candidate(model, weights)

@@ -44,6 +44,7 @@ from tersor.search.family import FamilyName, family_of
 from tersor.search.settings import Search
 from tersor.search.space import Space
 from tersor.search.store import TrialStore, lock
+from tersor.search.supervise import sweep
 from tersor.train import Schedule
 
 logger = logging.getLogger("tersor")
@@ -92,6 +93,7 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
     directory = run.path / SEARCH
     with lock(directory), tempfile.TemporaryDirectory(prefix="tersor-search-") as scratch:
         private = Path(scratch)
+        sweep(directory / "trials")  # what a search that was killed left beside the logs
         family = family_of(plan.original, plan.task)
         formats = settings.formats or formats_for(family, plan.runtime)
         space = _space(plan, settings, formats)
@@ -100,7 +102,7 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
         (private / "uncompressed").mkdir()
         uncompressed = export(plan, Candidate(plan.original), private / "uncompressed")
         location = settings.storage or directory / "trials.sqlite"
-        with TrialStore(location, plan.fingerprint(), space, name=run.identity) as store:
+        with TrialStore(location, run.fingerprint, space, name=run.identity) as store:
             lab = Laboratory(
                 material=material,
                 saved=material.save(private / "material"),
@@ -135,8 +137,11 @@ def _aim(plan: Plan, max_drop: float) -> float:
 def _space(plan: Plan, settings: Search, formats: tuple[str, ...]) -> Space:
     if settings.kinds == ():
         return Space((), (), tuple(formats))
+    logger.info("search: finding out, and proving, what can be cut")
     try:
-        return discover(plan.original, plan.task, formats=formats, kinds=settings.kinds)
+        space = discover(plan.original, plan.task, formats=formats, kinds=settings.kinds)
+        logger.info("search: %d decisions, formats %s", len(space.groups), ", ".join(formats))
+        return space
     except CoverageError as error:
         return Space((), (), tuple(formats), (str(error),))
 

@@ -170,6 +170,7 @@ class _Judge:
 
     def __init__(self, rules: Rules, model: nn.Module, context: Context, found: Profile, budget: Budget | None) -> None:
         self.rules, self.model, self.context, self.profile = rules, model, context, found
+        self.runtime = get_runtime(context.target.runtime)
         self.most = None if budget is None or budget.max_drop is None else 100 * budget.max_drop
 
     def recommendation(self, rule: Rule, *, vnni: bool) -> Recommendation:
@@ -179,9 +180,8 @@ class _Judge:
             TersorError: with the reason why it cannot be taken.
         """
         recipe = parse_recipe(preset_text(rule.preset), f"preset {rule.preset}")
-        runtime = self.context.target.runtime
         self._check_place(recipe)
-        measured = self.rules.measurements(self.profile.family, rule.preset, runtime)
+        measured = self.rules.measurements(self.profile.family, rule.preset, self.runtime.name)
         self._check_budget(measured)
         for step in recipe.steps:
             step.check(self.context)
@@ -197,9 +197,8 @@ class _Judge:
 
     def _check_place(self, recipe: Recipe) -> None:
         """Kernels and splits."""
-        runtime = get_runtime(self.context.target.runtime)
         for step in recipe.steps:
-            runtime.check_supports(step.precision, step.name)
+            self.runtime.check_supports(step.precision, step.name)
             for role in sorted(step.needs):
                 self.context.task.require(role, step.name)
 

@@ -133,8 +133,7 @@ class Driver:
             damage,
             format=format,
             points=count,
-            fastest_ms=low,
-            slowest_ms=whole * SLOWEST,
+            between=(low, whole * SLOWEST),
             without=self._tried(),
         )
 

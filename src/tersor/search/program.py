@@ -12,7 +12,10 @@ Shapes: `V` variables; three values each: milliseconds, entries, damage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, Protocol
@@ -115,8 +118,7 @@ def sweep(
     *,
     format: str,
     points: int = 8,
-    fastest_ms: float | None = None,
-    slowest_ms: float | None = None,
+    between: tuple[float, float] | None = None,
     without: Collection[Choice] = (),
 ) -> list[Choice]:
     """The choices that damage least under latencies spaced evenly, the slowest first.
@@ -129,8 +131,8 @@ def sweep(
         damages: Of the same space.
         format: Of the choices.
         points: How many latencies.
-        fastest_ms: The smallest; by default of the fastest choice that there is.
-        slowest_ms: The largest; by default of the whole model.
+        between: The smallest and the largest in milliseconds; by default those of the fastest choice that there is and
+            of the whole model.
         without: Choices that may not come out again.
 
     Raises:
@@ -139,8 +141,9 @@ def sweep(
     if points < 1:
         raise ConfigError(f"points: expected at least 1, got {points}")
     program = _Program(space, costs, damages, format)
-    high = costs.predict_ms(space.choice({}, format)) if slowest_ms is None else slowest_ms
-    low = costs.predict_ms(program.fastest()) if fastest_ms is None else fastest_ms
+    if between is None:
+        between = costs.predict_ms(program.fastest()), costs.predict_ms(space.choice({}, format))
+    low, high = between
     found: list[Choice] = []
     for budget in np.linspace(high, low, points).tolist():
         if found and costs.predict_ms(found[-1]) <= budget:
@@ -347,13 +350,14 @@ class _Program:
         largest = float(np.abs(goal).max())
         binary = np.zeros(len(goal))
         binary[: len(self.place)] = 1
-        result = milp(
-            goal * (SCALE / largest if largest > 0 else 1.0),
-            integrality=binary,
-            bounds=Bounds(0, 1),
-            constraints=[*self.always, *constraints],
-            options={"mip_rel_gap": 0.0, "time_limit": seconds},
-        )
+        with _nothing_printed():
+            result = milp(
+                goal * (SCALE / largest if largest > 0 else 1.0),
+                integrality=binary,
+                bounds=Bounds(0, 1),
+                constraints=[*self.always, *constraints],
+                options={"mip_rel_gap": 0.0, "time_limit": seconds},
+            )
         if result.x is None:
             return None
         options = {name: option for (name, option), place in self.place.items() if result.x[place] > 0.5}
@@ -369,3 +373,16 @@ class _Program:
 def _possible(group: Group, options: Mapping[str, int]) -> bool:
     """Whether a family is whole if its block, among these options, is skipped."""
     return options[group.name] == group.options[0] or options.get(group.inside or "", 1) != 0
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """HiGHS now and then prints a line of its own to the process's standard output, where results belong."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
