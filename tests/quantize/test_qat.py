@@ -21,9 +21,9 @@ from tersor.core.target import Target
 from tersor.core.task import Task
 from tersor.distill import distances
 from tersor.errors import ConfigError, DataError, IntegrityError, OrderError, UnsupportedError
-from tersor.pipeline.steps import run_recipe
 from tersor.pipeline.plan import make_plan
 from tersor.pipeline.run_directory import RunDirectory
+from tersor.pipeline.steps import run_recipe
 from tersor.prune import Unstructured
 from tersor.quantize import Qat, Static
 from tersor.quantize.learned import LearnedStep

@@ -34,6 +34,8 @@ def test_every_preset_survives_the_way_through_yaml(name: str, tmp_path: Path) -
 
 def test_the_presets_are_the_documented_ones() -> None:
     assert preset_names() == [
+        "cnn-constrained",
+        "cnn-edge",
         "convert",
         "float16",
         "int4-static",
@@ -41,11 +43,15 @@ def test_the_presets_are_the_documented_ones() -> None:
         "int8",
         "int8-dynamic",
         "iterative-int8",
+        "lm-constrained",
         "prune-distill",
         "prune-recover-int8",
         "qat-distill",
+        "rnn-constrained",
         "shallow-int8",
         "sparse-recover-int8",
+        "transformer-constrained",
+        "transformer-edge",
     ]
     assert parse_recipe(preset_text("convert")).steps == ()
     assert parse_recipe(preset_text("int8")).steps == (Static(range_method="mse"),)
@@ -185,5 +191,5 @@ def test_a_recipe_is_resolved_from_whatever_names_it(tmp_path: Path) -> None:
     assert resolve("int8", both) == parse_recipe(preset_text("int8"))
     assert resolve("auto", both).steps == (Static(),)
     assert resolve("auto", only_float).steps == ()
-    with pytest.raises(ConfigError, match=r"\['convert', 'float16', .*'sparse-.*\].*got 'int4'"):
+    with pytest.raises(ConfigError, match=r"\['cnn-constrained', .*'convert', 'float16', .*'sparse-.*\].*got 'int4'"):
         resolve("int4", both)

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from tersor.cli.advise import advise_command
 from tersor.cli.bench_kit import bench_kit_command, import_command
 from tersor.cli.demo import run_demo
 from tersor.cli.distill import distill_command
@@ -58,6 +59,7 @@ app.command("prune")(prune_command)
 app.command("quantize")(quantize_command)
 app.command("distill")(distill_command)
 app.command("bench-kit")(bench_kit_command)
+app.command("advise")(advise_command)
 
 CORES = os.cpu_count() or 1
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -18,17 +18,19 @@ from tersor.core.machine import versions
 from tersor.core.report import Latency
 from tersor.core.search import Choice, TrialRecord
 from tersor.core.step import Step
-from tersor.distill import Recover
+from tersor.distill import OnceForAll, Recover
+from tersor.errors import ConfigError
 from tersor.measure import Contestant, Protocol, latency, paired_ratio
 from tersor.measure.latency import Measured
 from tersor.measure.lease import Lease
 from tersor.pipeline.points import Builder
-from tersor.pipeline.trial import Material, Outcome, Trial
+from tersor.pipeline.trial import Foundation, Material, Outcome, Trial
 from tersor.runtimes import Loaded
 from tersor.search.cost_store import fingerprint, measure_table
 from tersor.search.costs import CostTable, Point
 from tersor.search.damage import DamageTable, measure_damage
 from tersor.search.defaults import training
+from tersor.search.discover import SHARES
 from tersor.search.family import FamilyName
 from tersor.search.halving import steps_on, trials_on
 from tersor.search.moves import steps_of
@@ -42,6 +44,7 @@ DAMAGE_EXAMPLES, DAMAGE_BATCH = 256, 64
 QUICK = Protocol(rounds=6, round_seconds=0.15)
 PATIENCE, GRACE = 3.0, 120.0  # a trial may take so many times what was expected, and so many seconds more
 EXPORT_SECONDS = 30.0  # of a trial without its training, while none has been run
+NETWORKS = 3.5  # trainings of the whole model that one step of the super-network is worth
 FINISH = 0.1  # share of the time that is kept for the certificate and the last measurements
 
 
@@ -57,7 +60,6 @@ class Laboratory:
         family: What kind of network it is.
         store: Of the trials.
         seconds_per_step: Of training the whole model with the original beside it.
-        before: Steps in front of every recipe, such as the training of a super-network.
         progress: Told which trial runs.
     """
 
@@ -68,13 +70,11 @@ class Laboratory:
     family: FamilyName
     store: TrialStore
     seconds_per_step: float
-    before: tuple[Step, ...]
     progress: Progress
     started: float = field(default_factory=time.monotonic)
     earlier: float = 0.0
     lease: Lease = field(default_factory=Lease)
     _damages: DamageTable | None = None
-    _baseline: Latency | None = None
 
     def __post_init__(self) -> None:
         self.store.abandon_stale()
@@ -109,7 +109,7 @@ class Laboratory:
                 if number is None:
                     continue
                 claimed[str(number)] = number, job
-                trial = Trial(self.saved, job.choice, tuple(self.steps(job.choice, job.rung)), job.rung)
+                trial = Trial(self.saved, job.choice, tuple(self.steps(job.choice, job.rung)), job.rung, self._super)
                 limits = Limits(
                     log=self.material.directory / f"{number:04d}.log",
                     seconds=PATIENCE * expected + GRACE,
@@ -130,9 +130,51 @@ class Laboratory:
     def steps(self, choice: Choice, rung: int) -> list[Step]:
         """The recipe of a choice on a rung: trainings of all rungs up to it, one after another."""
         trainings = [self.trainings[level] for level in range(rung + 1)] if choice.skipped or choice.widths else []
-        criterion = "order" if self.before else self.settings.criterion
+        criterion = "order" if self._sliced else self.settings.criterion
         steps = steps_of(choice, self.material.space, trainings, criterion=criterion)
-        return [*self.before, *steps] if trainings else steps
+        return [self.foundation, *steps] if self._sliced and trainings else steps
+
+    @property
+    def _sliced(self) -> bool:
+        """Whether all choices are slices of one super-network."""
+        return self.settings.strategy == "once-for-all"
+
+    @cached_property
+    def foundation(self) -> OnceForAll:
+        """The training of the super-network, which takes half of the time that was left when this was first asked."""
+        path = self.material.directory / "foundation.json"
+        if path.exists():
+            return OnceForAll(**json.loads(path.read_text()))
+        seconds = self.seconds_per_step * NETWORKS
+        steps = max(1, int(self.left / 2 / seconds))
+        schedule = training(self.settings, self.family, self.material.plan.task, steps).schedule
+        step = OnceForAll(widths=SHARES, schedule=schedule, temperature=self.settings.temperature)
+        write_whole(path, json.dumps(step.model_dump(mode="json")).encode())
+        return step
+
+    @property
+    def _super(self) -> Path | None:
+        """What the super-network's training left, for trials to begin with."""
+        return self.material.foundation_of([self.foundation]) if self._sliced else None
+
+    def train_foundation(self) -> None:
+        """Trains the super-network, or goes on with it.
+
+        Raises:
+            ConfigError: if it cannot be trained, with the reason.
+        """
+        if not self._sliced or not self.material.space.groups or (self._super and self._super.exists()):
+            return
+        plan = self.material.plan
+        logger.info("search: training the super-network")
+        limits = Limits(
+            log=self.material.directory / "foundation.log", memory_bytes=self.settings.memory_bytes, poll=self._heal
+        )
+        with Pool(1, threads=plan.target.threads) as pool:
+            pool.submit("foundation", Foundation(self.saved, (self.foundation,)), limits)
+            for _, result in pool.as_completed():
+                if result.status != "finished":
+                    raise ConfigError(f"the super-network could not be trained: {result.status}, {result.reason}")
 
     @cached_property
     def trainings(self) -> Sequence[Recover]:
@@ -234,17 +276,23 @@ class Laboratory:
                 protocol=protocol,
             )
         reference = found.pop("uncompressed").latency
-        if self._baseline is None:
-            self._baseline = reference
+        baseline = self.baseline_ms
+        if baseline is None:
+            baseline = reference.median
+            write_whole(self._kept_baseline, json.dumps(baseline).encode())
         return {
-            name: measured._replace(latency=_scaled(measured.latency, reference, self._baseline))
+            name: measured._replace(latency=_scaled(measured.latency, reference, baseline))
             for name, measured in found.items()
         }
 
     @property
     def baseline_ms(self) -> float | None:
-        """Of the uncompressed model in the target's runtime, when it was first measured."""
-        return None if self._baseline is None else self._baseline.median
+        """Of the uncompressed model on the target, when it was first measured; kept for a search that goes on."""
+        return float(json.loads(self._kept_baseline.read_text())) if self._kept_baseline.exists() else None
+
+    @property
+    def _kept_baseline(self) -> Path:
+        return self.material.directory / "baseline.json"
 
     def costs(self, format: str) -> CostTable:
         """The cost table of a number format; what was measured before on this machine is taken again."""
@@ -292,9 +340,9 @@ class Laboratory:
         self.lease.heal()
 
 
-def _scaled(measured: Latency, reference: Latency, baseline: Latency) -> Latency:
-    """Times as they would have been beside `baseline`: a machine that is slow today is slow for both."""
-    median = baseline.median / paired_ratio(reference, measured)
+def _scaled(measured: Latency, reference: Latency, baseline: float) -> Latency:
+    """Times beside a reference of `baseline` milliseconds: a machine that is slow now is slow for both."""
+    median = baseline / paired_ratio(reference, measured)
     factor = median / measured.median
     return Latency(
         median=median,

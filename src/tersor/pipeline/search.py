@@ -111,9 +111,9 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
                 family=family,
                 store=store,
                 seconds_per_step=_seconds_per_step(plan, settings, family),
-                before=(),
                 progress=progress,
             )
+            lab.train_foundation()
             driver = Driver(space, settings, aim, lab, plan.seed)
             driver.run()
             return _ended(driver, lab, run, progress)

@@ -12,7 +12,7 @@ import cloudpickle
 
 from tersor.core.candidate import Candidate
 from tersor.core.context import NO_FACTS
-from tersor.core.files import whole_directory
+from tersor.core.files import whole_directory, write_whole
 from tersor.core.recipe import Recipe
 from tersor.core.search import Choice
 from tersor.core.step import Step
@@ -61,6 +61,19 @@ class Material:
         """Where a choice's stages are kept: a longer training goes on where the shorter one ended."""
         return RunDirectory(self.directory / choice.key, {"search": self.identity, "choice": choice.key})
 
+    def foundation_of(self, steps: Sequence[Step]) -> Path:
+        """The stage that a super-network's training leaves."""
+        return self._foundation().path / "stages" / f"{len(steps):02d}.safetensors"
+
+    def train_foundation(self, steps: Sequence[Step]) -> None:
+        """Runs the steps that all recipes have in common."""
+        run = self._foundation()
+        run.claim()
+        run_recipe(replace(self.plan, recipe=Recipe(steps, name="search-foundation")), run, _silent)
+
+    def _foundation(self) -> RunDirectory:
+        return RunDirectory(self.directory / "foundation", {"search": self.identity, "choice": "foundation"})
+
     def plan_for(self, steps: Sequence[Step], choice: Choice) -> Plan:
         """The run's plan with the choice's recipe."""
         return replace(self.plan, recipe=Recipe(steps, name=f"search-{choice.key}"))
@@ -99,12 +112,14 @@ class Trial:
         choice: What is tried.
         steps: Its recipe.
         rung: 0 for the shortest training.
+        foundation: The stage that the recipe's first step would leave, if it has been run for all trials.
     """
 
     material: Path
     choice: Choice
     steps: tuple[Step, ...]
     rung: int
+    foundation: Path | None = None
 
     def __call__(self) -> Outcome:
         """Runs the trial; what it leaves is in the choice's directory."""
@@ -114,6 +129,10 @@ class Trial:
         if plan.budget.max_drop is None:
             raise DataError("a search needs a budget with max_drop")
         run.claim()
+        if self.foundation is not None and (self.choice.skipped or self.choice.widths):
+            first = run.path / "stages" / self.foundation.name
+            if not first.exists():
+                write_whole(first, self.foundation.read_bytes())
         candidate = run_recipe(plan, run, _silent)
         directory = exported_directory(run, self.rung)
         shutil.rmtree(directory, ignore_errors=True)
@@ -130,6 +149,18 @@ class Trial:
             macs=mac_counts(candidate.module, plan.task.example(1))[""],
             recipe=plan.recipe.as_data(),
         )
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """The function that trains what all trials begin with, in a process of its own."""
+
+    material: Path
+    steps: tuple[Step, ...]
+
+    def __call__(self) -> None:
+        """Trains."""
+        Material.read(self.material).train_foundation(self.steps)
 
 
 def exported_directory(run: RunDirectory, rung: int) -> Path:
