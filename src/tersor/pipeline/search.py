@@ -24,7 +24,7 @@ from tersor.core.search import Ladder, SearchRecord, TrialRecord
 from tersor.errors import ConfigError, CoverageError, SplitTooSmallError
 from tersor.measure.accuracy import score_bounds
 from tersor.measure.ladder import Contender, chosen, climb, order, reachable
-from tersor.measure.ledger import NAME, ask, level_of
+from tersor.measure.ledger import NAME, ask, level_of, read
 from tersor.pipeline.laboratory import Laboratory
 from tersor.pipeline.measuring import (
     Exported,
@@ -89,7 +89,7 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
     settings = plan.search
     if settings is None or plan.budget.max_drop is None:
         raise ConfigError("a search needs Budget(max_drop=...): the fastest model inside no budget is an empty one")
-    aim = _aim(plan, plan.budget.max_drop)
+    aim = _aim(plan, plan.budget.max_drop, run.path.absolute().parent / NAME)
     directory = run.path / SEARCH
     with lock(directory), tempfile.TemporaryDirectory(prefix="tersor-search-") as scratch:
         private = Path(scratch)
@@ -119,12 +119,13 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
             return _ended(driver, lab, run, progress)
 
 
-def _aim(plan: Plan, max_drop: float) -> float:
-    """The largest drop that the certify split probably proves to be inside the budget."""
+def _aim(plan: Plan, max_drop: float, ledger: Path) -> float:
+    """The largest drop that the certify split probably proves to be inside the budget, after what was asked of it."""
     split = plan.task.require("certify", "a budget with max_drop")
     if plan.task.metric.aggregate is not None or score_bounds(plan.task.metric) != (0.0, 1.0):
         return max_drop * (1 - MARGIN)
-    aim = reachable(len(split), max_drop, confidence=level_of(plan.budget.confidence, 1))
+    asked = len({entry["run"] for entry in read(ledger) if entry["split"] == split.fingerprint})
+    aim = reachable(len(split), max_drop, confidence=level_of(plan.budget.confidence, asked + 1))
     if aim <= 0:
         raise SplitTooSmallError(
             f"split 'certify' has {len(split)} examples: where one answer in twenty flips, not even a model that is as "
