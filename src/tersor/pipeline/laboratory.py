@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ from tersor.search.damage import DamageTable, measure_damage
 from tersor.search.defaults import training
 from tersor.search.discover import SHARES
 from tersor.search.family import FamilyName
-from tersor.search.halving import steps_on, trials_on
+from tersor.search.halving import RUNGS, steps_on, trials_on
 from tersor.search.moves import steps_of
 from tersor.search.settings import Search
 from tersor.search.store import Job, TrialStore
@@ -45,6 +46,7 @@ QUICK = Protocol(rounds=6, round_seconds=0.15)
 PATIENCE, GRACE = 3.0, 120.0  # a trial may take so many times what was expected, and so many seconds more
 EXPORT_SECONDS = 30.0  # of a trial without its training, while none has been run
 NETWORKS = 3.5  # trainings of the whole model that one step of the super-network is worth
+FASTEST = 0.2  # of the whole model's time that a step is believed to take at least
 FINISH = 0.1  # share of the time that is kept for the certificate and the last measurements
 
 
@@ -129,7 +131,7 @@ class Laboratory:
 
     def steps(self, choice: Choice, rung: int) -> list[Step]:
         """The recipe of a choice on a rung: trainings of all rungs up to it, one after another."""
-        trainings = [self.trainings[level] for level in range(rung + 1)] if choice.skipped or choice.widths else []
+        trainings = [self.training(level) for level in range(rung + 1)] if choice.skipped or choice.widths else []
         criterion = "order" if self._sliced else self.settings.criterion
         steps = steps_of(choice, self.material.space, trainings, criterion=criterion)
         return [self.foundation, *steps] if self._sliced and trainings else steps
@@ -176,42 +178,40 @@ class Laboratory:
                 if result.status != "finished":
                     raise ConfigError(f"the super-network could not be trained: {result.status}, {result.reason}")
 
-    @cached_property
-    def trainings(self) -> Sequence[Recover]:
-        """One per rung. How long they are follows from the time that was left when this was first asked, and is kept.
+    def training(self, rung: int) -> Recover:
+        """The training of a rung, as long as the time allows that is left when it is first asked for.
 
-        Otherwise a search that goes on later would train otherwise than it did before.
+        The length is kept: otherwise a search that goes on later would train otherwise than it did before.
         """
-        path = self.material.directory / "steps.json"
-        if path.exists():
-            steps = [int(value) for value in json.loads(path.read_text())]
-        else:
-            steps = self._steps()
-            write_whole(path, json.dumps(steps).encode())
-        logger.info("search: trainings of %s steps", ", ".join(map(str, steps)))
-        return [training(self.settings, self.family, self.material.plan.task, count) for count in steps]
+        path = self.material.directory / f"steps-{rung}.json"
+        if not path.exists():
+            write_whole(path, json.dumps(self._steps(rung)).encode())
+        return training(self.settings, self.family, self.material.plan.task, int(json.loads(path.read_text())))
 
-    def _steps(self) -> list[int]:
-        trials, eta, finalists = self.settings.trials, self.settings.eta, self.settings.finalists
-        counts = [trials_on(rung, trials=trials, eta=eta, finalists=finalists) for rung in range(3)]
-        free = max(1.0, self.left - sum(counts) * self._overhead())
-        return [
-            steps_on(
-                rung,
-                seconds=free * self.settings.workers,
-                seconds_per_step=self.seconds_per_step,
-                trials=trials,
-                eta=eta,
-                finalists=finalists,
-            )
-            for rung in range(3)
-        ]
+    def _steps(self, rung: int) -> int:
+        """Steps of a rung, if it and those above share what is left after exports and measurements."""
+        shape = {"trials": self.settings.trials, "eta": self.settings.eta, "finalists": self.settings.finalists}
+        ahead = sum(trials_on(level, **shape) for level in range(rung, RUNGS))
+        seconds = max(1.0, self.left - ahead * self._overhead()) * self.settings.workers
+        steps = steps_on(rung, seconds=seconds, seconds_per_step=self._seconds_per_step(), first=rung, **shape)
+        logger.info("search: rung %d trains %d steps", rung, steps)
+        return steps
+
+    def _seconds_per_step(self) -> float:
+        """As trials took it; before there are any, half of the whole model's: most choices are much smaller."""
+        trained = [r for r in self.store.finished() if r.status == "finished" and (r.choice.skipped or r.choice.widths)]
+        if not trained:
+            return self.seconds_per_step / 2
+        rung = max(record.rung for record in trained)  # on the lowest one, cutting takes as long as training
+        steps = self.training(rung).schedule.max_steps or 1
+        rates = [max(0.0, record.seconds - self._overhead()) / steps for record in trained if record.rung == rung]
+        return max(statistics.median(rates), FASTEST * self.seconds_per_step)
 
     def _expected(self, job: Job) -> float:
         """Seconds that a trial is expected to take."""
         if not (job.choice.skipped or job.choice.widths):
             return 0.0  # what is tried first, and must be
-        return self._overhead() + (self.trainings[job.rung].schedule.max_steps or 0) * self.seconds_per_step
+        return self._overhead() + (self.training(job.rung).schedule.max_steps or 0) * self._seconds_per_step()
 
     def _overhead(self) -> float:
         seconds = [r.seconds for r in self.store.finished() if not (r.choice.skipped or r.choice.widths)]
@@ -219,7 +219,7 @@ class Laboratory:
 
     def _most(self) -> int:
         trials, eta, finalists = self.settings.trials, self.settings.eta, self.settings.finalists
-        trained = sum(trials_on(rung, trials=trials, eta=eta, finalists=finalists) for rung in range(3))
+        trained = sum(trials_on(rung, trials=trials, eta=eta, finalists=finalists) for rung in range(RUNGS))
         return trained + len(self.material.space.formats)
 
     def _record(self, number: int, job: Job, result: Ended) -> TrialRecord:

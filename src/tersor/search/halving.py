@@ -24,9 +24,13 @@ def trials_on(rung: int, *, trials: int, eta: int, finalists: int) -> int:
     return max(finalists, math.ceil(trials / eta)) if rung < RUNGS - 1 else min(finalists, trials)
 
 
-def steps_on(rung: int, *, seconds: float, seconds_per_step: float, trials: int, eta: int, finalists: int) -> int:
-    """Optimizer steps of one trial on a rung, so that all trainings together take `seconds`."""
-    shares = [trials_on(level, trials=trials, eta=eta, finalists=finalists) * eta**level for level in range(RUNGS)]
+def steps_on(
+    rung: int, *, seconds: float, seconds_per_step: float, trials: int, eta: int, finalists: int, first: int = 0
+) -> int:
+    """Optimizer steps of one trial on a rung, so that all trainings from the rung `first` on take `seconds`."""
+    shares = [
+        trials_on(level, trials=trials, eta=eta, finalists=finalists) * eta**level for level in range(first, RUNGS)
+    ]
     return max(1, int(eta**rung * seconds / (seconds_per_step * sum(shares))))
 
 
