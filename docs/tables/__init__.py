@@ -1,0 +1,1 @@
+"""Renders the tables of the documentation from the results of benchmarks."""
