@@ -92,7 +92,8 @@ def distillation_summary() -> str:
     pruned = {row["name"]: row for row in images["rows"] if row["kind"] == "recovery"}
     lines.append(
         "| ResNet-56 without half of its MACs | the whole one | drop "
-        f"{drop_of(pruned['kd'], 'recovered')} points after an epoch; labels alone {drop_of(pruned['none'], 'recovered')} |"
+        f"{drop_of(pruned['kd'], 'recovered')} points after an epoch; "
+        f"labels alone {drop_of(pruned['none'], 'recovered')} |"
     )
     return "\n".join(lines)
 
