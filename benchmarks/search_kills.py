@@ -31,7 +31,7 @@ from environment import describe
 from tersor.core.search import TrialRecord
 from tersor.search.space import Group, Space
 from tersor.search.store import Job, TrialStore
-from tersor.search.supervise import Limits, Pool, sweep
+from tersor.search.supervise import Limits, Pool, remove_scratch
 
 PROCESSES = 2
 SPACE = Space(tuple(Group(f"fc{index}.weight[0]", "channel", (8, 6, 4, 2)) for index in range(5)), ())
@@ -178,7 +178,7 @@ def kill_some(directory: Path, kills: int, draw: random.Random) -> Counter[str]:
         while (left := orphans(directory)) and time.monotonic() < deadline:
             time.sleep(0.01)
         counts["left_running"] += len(left)
-        counts["scratch_swept"] += sweep(directory / "logs")
+        counts["scratch_swept"] += remove_scratch(directory / "logs")
     counts.update(check(directory, logs))
     return counts
 

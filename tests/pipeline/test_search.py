@@ -190,3 +190,29 @@ def test_a_search_that_is_killed_goes_on_and_ends_as_one_that_is_not(
     trained = [trial for trial in record.trials if trial.choice.widths or trial.choice.skipped]
     assert trained
     assert all(trial.predicted_ms is not None for trial in trained)
+
+
+@pytest.mark.slow
+def test_slices_of_one_super_network_are_searched(
+    problem: Any, untimed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERSOR_CACHE", str(tmp_path / "cache"))
+    with untimed():
+        result = tersor.compress(
+            problem.model(),
+            task_of(problem),
+            out=tmp_path / "run",
+            budget=budget(),
+            target=TARGET,
+            recipe=Search(minutes=10, strategy="once-for-all", trials=2, refine=0, finalists=1, points=4),
+        )
+    record = result.report.search
+    assert record is not None
+    sliced = [trial for trial in record.trials if trial.choice.widths and trial.status == "finished"]
+    assert sliced
+    steps = sliced[0].recipe["steps"]
+    assert isinstance(steps, list)
+    assert [next(iter(step)) for step in steps[:2]] == ["distill.once_for_all", "prune.structured"]
+    assert steps[1]["prune.structured"]["criterion"] == "order"
+    trained = list((tmp_path / "run/search/trials/foundation/stages").iterdir())
+    assert [path.name for path in trained] == ["01.safetensors"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tersor.core.search import Choice
 from tersor.errors import ConfigError
 from tersor.search.damage import DamageTable
-from tersor.search.program import Limits, fastest, solve, sweep
+from tersor.search.program import CostLimits, fastest, solve, sweep
 from tersor.search.space import BLOCK, Group, Space, Weight
 
 FORMAT = "int8"
@@ -117,7 +117,7 @@ def test_no_choice_within_the_limits_damages_less(given: tuple[Space, DamageTabl
     space, damages = given
     prices = Prices(space)
     choices = list(everything(space))
-    limits = Limits(
+    limits = CostLimits(
         max_ms=between([prices.predict_ms(choice) for choice in choices], time),
         max_bytes=between([prices.predict_bytes(choice) for choice in choices], size),
     )
@@ -143,7 +143,7 @@ def test_what_was_chosen_may_be_forbidden_until_nothing_is_left(given: tuple[Spa
     ordered = sorted(damages.predict(space, choice) for choice in everything(space))[:4]
     without: list[Choice] = []
     for expected in ordered:
-        choice = solve(space, prices, damages, Limits(), format=FORMAT, without=without)
+        choice = solve(space, prices, damages, CostLimits(), format=FORMAT, without=without)
         assert choice is not None
         assert choice not in without
         assert damages.predict(space, choice) == pytest.approx(expected, abs=1e-6)
@@ -153,18 +153,18 @@ def test_what_was_chosen_may_be_forbidden_until_nothing_is_left(given: tuple[Spa
 def test_nothing_is_left_when_all_are_forbidden() -> None:
     space, damages = made(0, blocks=1, inside=1, streams=1)
     choices = list(everything(space))
-    assert solve(space, Prices(space), damages, Limits(), format=FORMAT, without=choices) is None
-    left = solve(space, Prices(space), damages, Limits(), format=FORMAT, without=choices[1:])
+    assert solve(space, Prices(space), damages, CostLimits(), format=FORMAT, without=choices) is None
+    left = solve(space, Prices(space), damages, CostLimits(), format=FORMAT, without=choices[1:])
     assert left == choices[0]
 
 
 def test_choices_of_other_formats_and_spaces_forbid_nothing() -> None:
     space, damages = made(1, blocks=2, inside=2, streams=1)
     prices = Prices(space)
-    best = solve(space, prices, damages, Limits(), format=FORMAT)
+    best = solve(space, prices, damages, CostLimits(), format=FORMAT)
     assert best is not None
     others = [best.model_copy(update={"format": "float32"}), Choice(widths={"stream0": 3}, format=FORMAT)]
-    assert solve(space, prices, damages, Limits(), format=FORMAT, without=others) == best
+    assert solve(space, prices, damages, CostLimits(), format=FORMAT, without=others) == best
 
 
 @few
@@ -210,7 +210,7 @@ def test_a_sweep_keeps_to_its_bounds_and_skips_what_is_known() -> None:
 def test_limits_that_nothing_meets_give_none() -> None:
     space, damages = made(2, blocks=2, inside=2, streams=1)
     prices = Prices(space)
-    for limits in (Limits(max_ms=0.05), Limits(max_bytes=10), Limits(max_memory_bytes=8999)):
+    for limits in (CostLimits(max_ms=0.05), CostLimits(max_bytes=10), CostLimits(max_memory_bytes=8999)):
         assert solve(space, prices, damages, limits, format=FORMAT) is None
 
 
@@ -220,11 +220,11 @@ def test_memory_is_limited_where_it_is_known() -> None:
     prices = Prices(space)
     needs = [prices.predict_memory(choice) or 0.0 for choice in everything(space)]
     limit = between(needs, 0.5)
-    found = solve(space, prices, damages, Limits(max_memory_bytes=limit), format=FORMAT)
+    found = solve(space, prices, damages, CostLimits(max_memory_bytes=limit), format=FORMAT)
     assert found is not None
     assert (prices.predict_memory(found) or 0.0) <= limit < max(needs)
     with pytest.raises(ConfigError, match="knows no memory"):
-        solve(space, Prices(space, memory=False), damages, Limits(max_memory_bytes=limit), format=FORMAT)
+        solve(space, Prices(space, memory=False), damages, CostLimits(max_memory_bytes=limit), format=FORMAT)
 
 
 def test_a_skipped_block_counts_its_families_for_nothing() -> None:
@@ -239,12 +239,12 @@ def test_a_skipped_block_counts_its_families_for_nothing() -> None:
     row = {"block": {0: 0.5}, "inner": {2: -5.0}, "idle": {1: -1.0}}
     damages = DamageTable("loss", row, {("block", "inner"): -9.0})
     prices = Prices(space)
-    limits = Limits(max_ms=0.1001)
+    limits = CostLimits(max_ms=0.1001)
     found = solve(space, prices, damages, limits, format=FORMAT)
     assert found == Choice(skipped=("block",), format=FORMAT)
     assert damages.predict(space, found) == 0.5
     assert solve(space, prices, damages, limits, format=FORMAT, without=[found]) is None
-    best = solve(space, prices, damages, Limits(), format=FORMAT)
+    best = solve(space, prices, damages, CostLimits(), format=FORMAT)
     assert best == Choice(widths={"inner": 2, "idle": 1}, format=FORMAT)
 
 
@@ -257,7 +257,7 @@ def test_weights_of_many_families_are_exact_while_costs_are_linear_in_both_share
     limit = between([prices.predict_ms(choice) for choice in choices], share)
     least = min(damages.predict(space, choice) for choice in choices if prices.predict_ms(choice) <= limit)
     prices.asked.clear()
-    found = solve(space, prices, damages, Limits(max_ms=limit), format=FORMAT)
+    found = solve(space, prices, damages, CostLimits(max_ms=limit), format=FORMAT)
     assert prices.asked == [found]  # the first answer was right
     assert prices.predict_ms(found) <= limit
     assert damages.predict(space, found) == pytest.approx(least, abs=1e-6)
@@ -274,7 +274,7 @@ def test_other_costs_of_many_families_keep_the_limit(seed: int, bend: float) -> 
     times = [prices.predict_ms(choice) for choice in everything(space)]
     for share in (0.2, 0.4, 0.6, 0.8):
         limit = between(times, share)
-        found = solve(space, prices, damages, Limits(max_ms=limit), format=FORMAT)
+        found = solve(space, prices, damages, CostLimits(max_ms=limit), format=FORMAT)
         assert found is not None
         assert prices.predict_ms(found) <= limit * (1 + 1e-6)
 
@@ -285,7 +285,7 @@ def test_bytes_of_what_nothing_decides_are_counted() -> None:
     sizes = [prices.predict_bytes(choice) for choice in everything(space)]
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         prices.asked.clear()
-        found = solve(space, prices, damages, Limits(max_bytes=between(sizes, share)), format=FORMAT)
+        found = solve(space, prices, damages, CostLimits(max_bytes=between(sizes, share)), format=FORMAT)
         assert found is not None
         assert len(prices.asked) == 3  # the whole, the smallest, and the first answer
 
@@ -318,7 +318,7 @@ def test_a_space_as_large_as_that_of_resnet56_is_solved() -> None:
     space, damages = resnet_like()
     prices = Prices(space)
     limit = 0.5 * prices.predict_ms(space.choice({}, FORMAT))
-    found = solve(space, prices, damages, Limits(max_ms=limit), format=FORMAT)
+    found = solve(space, prices, damages, CostLimits(max_ms=limit), format=FORMAT)
     assert found is not None
     assert prices.predict_ms(found) <= limit * (1 + 1e-6)
     assert damages.predict(space, found) < damages.predict(space, fastest(space, prices, FORMAT))
@@ -333,7 +333,7 @@ def test_a_space_as_large_as_that_of_resnet56_is_solved() -> None:
 
 def test_a_program_without_time_finds_nothing() -> None:
     space, damages = resnet_like()
-    limits = Limits(max_ms=0.5 * Prices(space).predict_ms(space.choice({}, FORMAT)))
+    limits = CostLimits(max_ms=0.5 * Prices(space).predict_ms(space.choice({}, FORMAT)))
     assert solve(space, Prices(space), damages, limits, format=FORMAT, time_limit_seconds=0.0) is None
 
 
@@ -341,8 +341,8 @@ def test_what_cannot_be_asked_is_refused() -> None:
     space, damages = made(0, blocks=1, inside=1, streams=1)
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="max_ms"):
-            Limits(max_ms=value)
+            CostLimits(max_ms=value)
     with pytest.raises(ConfigError, match="format"):
-        solve(space, Prices(space), damages, Limits(), format="int3")
+        solve(space, Prices(space), damages, CostLimits(), format="int3")
     with pytest.raises(ConfigError, match="nothing was measured"):
-        solve(space, Prices(space), DamageTable("divergence", {}), Limits(), format=FORMAT)
+        solve(space, Prices(space), DamageTable("divergence", {}), CostLimits(), format=FORMAT)

@@ -15,7 +15,7 @@ import pytest
 
 from tersor import errors
 from tersor.errors import ConfigError
-from tersor.search.supervise import Ended, Limits, Pool, supervise, sweep
+from tersor.search.supervise import Ended, Limits, Pool, remove_scratch, supervise
 
 
 def run(function: Callable[[], Any], log: Path, *, seconds: float | None = 30.0, **limits: Any) -> Ended:
@@ -238,11 +238,11 @@ def test_closing_a_pool_kills_what_runs(log: Path) -> None:
 
 def test_what_a_parent_left_before_it_had_a_child_is_swept(log: Path) -> None:
     run(lambda: None, log)
-    assert sweep(log.parent) == 0
+    assert remove_scratch(log.parent) == 0
     left = log.parent / ".supervised-left"
     left.mkdir()
     (left / "function").write_bytes(b"half of a model")
-    assert sweep(log.parent) == 1
+    assert remove_scratch(log.parent) == 1
     assert [entry.name for entry in log.parent.iterdir()] == [log.name]
 
 

@@ -20,7 +20,7 @@ from tersor.core.report import Latency
 from tersor.core.search import Choice, TrialRecord
 from tersor.core.step import Step
 from tersor.distill import OnceForAll, Recover
-from tersor.errors import ConfigError
+from tersor.errors import ConfigError, MeasurementError
 from tersor.measure import Contestant, Protocol, latency, paired_ratio
 from tersor.measure.latency import Measured
 from tersor.measure.lease import Lease
@@ -104,7 +104,7 @@ class Laboratory:
                 if (job.choice.key, job.rung) in ended:
                     continue
                 expected = self._expected(job)
-                if expected > self.left:
+                if self._is_over(expected):
                     logger.info("search: no time is left for %s on rung %d", job.choice.key, job.rung)
                     continue
                 number = self.store.start(job)
@@ -128,6 +128,13 @@ class Laboratory:
                 self.progress("trials", len(self.store.finished()), self._most())
                 _tell(record)
         return [ended[job.choice.key, job.rung] for job in jobs if (job.choice.key, job.rung) in ended]
+
+    def _is_over(self, expected: float) -> bool:
+        """Whether no trial is started any more: once one found no time, so that a replayed search ends the same."""
+        marker = self.material.directory / "time-is-over"
+        if not marker.exists() and expected > self.left:
+            write_whole(marker, b"")
+        return marker.exists()
 
     def steps(self, choice: Choice, rung: int) -> list[Step]:
         """The recipe of a choice on a rung: trainings of all rungs up to it, one after another."""
@@ -238,7 +245,10 @@ class Laboratory:
         if result.status != "finished":
             return record
         outcome: Outcome = result.value
-        latency_ms, peak_memory_bytes = self._timed(job)
+        try:
+            latency_ms, peak_memory_bytes = self._timed(job)
+        except MeasurementError as error:
+            return record.model_copy(update={"status": "failed", "reason": f"its latency was not measured: {error}"})
         return record.model_copy(
             update={
                 "drop": outcome.drop,

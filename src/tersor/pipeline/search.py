@@ -44,7 +44,7 @@ from tersor.search.family import FamilyName, family_of
 from tersor.search.settings import Search
 from tersor.search.space import Space
 from tersor.search.store import TrialStore, lock
-from tersor.search.supervise import sweep
+from tersor.search.supervise import remove_scratch
 from tersor.train import Schedule
 
 logger = logging.getLogger("tersor")
@@ -93,7 +93,7 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
     directory = run.path / SEARCH
     with lock(directory), tempfile.TemporaryDirectory(prefix="tersor-search-") as scratch:
         private = Path(scratch)
-        sweep(directory / "trials")  # what a search that was killed left beside the logs
+        remove_scratch(directory / "trials")  # what a search that was killed left beside the logs
         family = family_of(plan.original, plan.task)
         formats = settings.formats or formats_for(family, plan.runtime)
         space = _space(plan, settings, formats)

@@ -18,7 +18,7 @@ from tersor.search.costs import CostTable, Point
 from tersor.search.damage import DamageTable
 from tersor.search.front import front
 from tersor.search.halving import RUNGS, fall, final_drop, promoted, trials_on
-from tersor.search.program import Limits, fastest, solve, sweep
+from tersor.search.program import CostLimits, fastest, solve, sweep
 from tersor.search.sampler import Sampler
 from tersor.search.settings import Search
 from tersor.search.space import Space
@@ -154,11 +154,11 @@ class Driver:
         high = whole = table.predict_ms(Choice(format=format))
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            choice = solve(self.space, table, damage, Limits(max_ms=middle), format=format)
+            choice = solve(self.space, table, damage, CostLimits(max_ms=middle), format=format)
             met = choice is not None and model.predict(damage.predict(self.space, choice)) <= self.aim
             low, high = (low, middle) if met else (middle, high)
         limit = min(high * factor, whole * SLOWEST)
-        return solve(self.space, table, damage, Limits(max_ms=limit), format=format, without=self._tried())
+        return solve(self.space, table, damage, CostLimits(max_ms=limit), format=format, without=self._tried())
 
     def _sampled(self, format: str, *, around: bool) -> None:
         sampler = Sampler(self.space, format, seed=self.seed + len(self.records))

@@ -59,7 +59,7 @@ class Costs(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class CostLimits:
     """What a choice may cost at most, as the cost table predicts it; None for no limit.
 
     Raises:
@@ -73,14 +73,14 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"Limits.{name}: expected a finite number above 0, got {value!r}")
+                raise ConfigError(f"CostLimits.{name}: expected a finite number above 0, got {value!r}")
 
 
 def solve(
     space: Space,
     costs: Costs,
     damages: DamageTable,
-    limits: Limits,
+    limits: CostLimits,
     *,
     format: str,
     without: Collection[Choice] = (),
@@ -91,7 +91,7 @@ def solve(
     Weights with more than 128 joint options are expanded around the whole, in single families and in pairs of one of
     their rows and one of their columns: exact where costs are linear in each of the two shares, as a `CostTable`'s are.
     Where they are not, the limits are narrowed until the cost table agrees, and something that fits may be missed.
-    Limits hold to a millionth.
+    CostLimits hold to a millionth.
 
     Args:
         space: Of the model.
@@ -148,7 +148,7 @@ def sweep(
     for budget in np.linspace(high, low, points).tolist():
         if found and costs.predict_ms(found[-1]) <= budget:
             continue  # what damages least within more is within this too
-        choice = program.best(Limits(max_ms=budget), without)
+        choice = program.best(CostLimits(max_ms=budget), without)
         if choice is not None:
             found.append(choice)
     return found
@@ -191,7 +191,7 @@ class _Program:
             self._add_damages(damages)
         self._lay_out()
 
-    def best(self, limits: Limits, without: Collection[Choice], seconds: float = 20.0) -> Choice | None:
+    def best(self, limits: CostLimits, without: Collection[Choice], seconds: float = 20.0) -> Choice | None:
         """The choice that damages least."""
         rows = self._limits(limits)
         cuts = self._cuts(without)
@@ -299,7 +299,7 @@ class _Program:
         if inside:
             self.always.append(LinearConstraint(self._matrix(inside), -np.inf, 0.0))
 
-    def _limits(self, limits: Limits) -> list[_Limit]:
+    def _limits(self, limits: CostLimits) -> list[_Limit]:
         found = []
         if limits.max_ms is not None:
             constant = self.costs.constant_ms + self.constant[MS]
@@ -312,7 +312,7 @@ class _Program:
                 value = self.costs.predict_memory(choice)
                 if value is None:
                     raise ConfigError(
-                        "Limits.max_memory_bytes: the cost table knows no memory; measure it with latency"
+                        "CostLimits.max_memory_bytes: the cost table knows no memory; measure it with latency"
                     )
                 return value
 

@@ -159,7 +159,7 @@ class Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def sweep(directory: Path) -> int:
+def remove_scratch(directory: Path) -> int:
     """Removes what parents that were killed have left beside their logs, and counts it.
 
     A guard removes its own; this is for parents that died before they had one, or after it had ended. Nobody may be
