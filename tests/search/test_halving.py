@@ -54,7 +54,7 @@ def test_nothing_is_expected_of_a_model_that_is_not_trained() -> None:
     assert final_drop(whole, 0.5) == 0.01
 
 
-def test_the_fastest_inside_the_aim_go_on_then_the_nearest_outside() -> None:
+def test_the_fastest_inside_the_aim_goes_on_then_the_nearest_outside() -> None:
     records = [trial(n, drop=0.0, ms=ms, name=str(n)) for n, ms in enumerate([3.0, 2.0, 1.0, 0.5])]
     predicted = {0: 0.001, 1: 0.009, 2: 0.05, 3: 0.02}
-    assert [r.number for r in promoted(records, predicted, aim=0.01, count=3)] == [1, 0, 3]
+    assert [r.number for r in promoted(records, predicted, aim=0.01, count=4)] == [1, 3, 2, 0]

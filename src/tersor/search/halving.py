@@ -55,7 +55,10 @@ def final_drop(record: TrialRecord, factor: float) -> float:
 def promoted(
     records: Sequence[TrialRecord], predicted: Mapping[int, float], *, aim: float, count: int
 ) -> list[TrialRecord]:
-    """Who goes on: the fastest whose predicted drop is inside the aim, then those that miss it by least.
+    """Who goes on: the fastest whose predicted drop is inside the aim, those that miss it by least, then the rest.
+
+    One that is slower than another inside the aim can only lose to it, while one outside may come in: predictions are
+    rough, and what certifies nothing costs nothing but its training.
 
     Args:
         records: Finished trials of one rung, with latencies.
@@ -65,4 +68,4 @@ def promoted(
     """
     inside = sorted((r for r in records if predicted[r.number] <= aim), key=lambda r: (r.latency_ms or 0.0, r.number))
     outside = sorted((r for r in records if predicted[r.number] > aim), key=lambda r: (predicted[r.number], r.number))
-    return [*inside, *outside][:count]
+    return [*inside[:1], *outside, *inside[1:]][:count]
