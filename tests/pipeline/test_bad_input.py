@@ -493,7 +493,7 @@ def test_a_disk_that_becomes_read_only(
         small_disk(4000, "ro")
         return render_html(*args)
 
-    monkeypatch.setattr(sys.modules["tersor.pipeline.compress"], "render_html", fail)
+    monkeypatch.setattr(sys.modules["tersor.pipeline.documents"], "render_html", fail)
     with pytest.raises(OutputDirectoryError, match="Read-only file system"):
         tersor.compress(
             problem.model(), problem.small_task(), out=disk / "run", budget=BUDGET, target=EAGER, recipe="convert"

@@ -137,7 +137,7 @@ def test_it_goes_on_from_what_an_earlier_step_removed() -> None:
 
 
 def test_without_labels_it_says_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"task's loss needs labels, .*recover"):
+    with pytest.raises(DataError, match=r"prune\.gradual trains with the task's loss, but .* no labels"):
         Gradual(sparsity=0.5).apply(Candidate(seeded(Cnn)), context_for(seeded(Cnn), None, train=CNN_DATA))
 
 

@@ -37,7 +37,7 @@ def test_all_trainings_together_take_the_time(
     steps = [steps_on(rung, seconds=seconds, seconds_per_step=per_step, **shape) for rung in range(RUNGS)]
     counts = [trials_on(rung, **shape) for rung in range(RUNGS)]
     total = sum(count * step for count, step in zip(counts, steps, strict=True)) * per_step
-    assert total <= max(seconds, sum(counts) * per_step)
+    assert total <= seconds + sum(counts) * per_step  # at least a step each
     assert steps == sorted(steps)
 
 
