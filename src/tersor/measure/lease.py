@@ -91,11 +91,11 @@ class Lease:
         if number is None or not _can_pause():
             yield
             return
+        self.heal()
         entry = _entry(number)
-        if entry is None:  # it has ended already
+        if entry is None:  # its leader has ended already
             yield
             return
-        self.heal()
         file, process = self._working / entry, os.getpid()
         try:
             file.touch()
