@@ -72,7 +72,7 @@ def test_what_was_certified_is_what_is_deployed(compared: tersor.Result) -> None
     assert record is not None
     choice = record.trials[record.chosen or 0].choice
     run = compared.artifact.parent
-    tried = run / "search" / "trials" / choice.key / "exported-0" / "model.onnx"
+    tried = run / "search" / "trials" / f"{choice.key}-0" / "exported" / "model.onnx"
     assert tried.read_bytes() == (compared.artifact / "model.onnx").read_bytes()
     assert tersor.load(run)(torch.randn(4, 1, 8, 8)).shape == (4, 4)
 
@@ -171,7 +171,7 @@ def test_a_search_that_is_killed_goes_on_and_ends_as_one_that_is_not(
     command = [sys.executable, "-c", SCRIPT.format(paths=paths, out=str(out))]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)  # noqa: S603
     started = time.monotonic()
-    while not list(out.glob("search/trials/*/exported-0")) and time.monotonic() - started < 300:
+    while not list(out.glob("search/trials/*-0/exported")) and time.monotonic() - started < 300:
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)

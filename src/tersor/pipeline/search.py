@@ -36,7 +36,7 @@ from tersor.pipeline.measuring import (
 )
 from tersor.pipeline.plan import Plan
 from tersor.pipeline.run_directory import RunDirectory
-from tersor.pipeline.trial import Material, exported_directory
+from tersor.pipeline.trial import EXPORTED, Material
 from tersor.search.defaults import SCHEDULES, formats_for
 from tersor.search.discover import discover
 from tersor.search.driver import Driver
@@ -201,18 +201,18 @@ def _ended(driver: Driver, lab: Laboratory, run: RunDirectory, progress: Progres
     winner = chosen(ladder)
     best = records[contenders[0].trial if winner is None else winner]
     steps = lab.steps(best.choice, best.rung)
-    candidate = lab.material.candidate(steps, best.choice)
+    candidate = lab.material.candidate(steps, best.choice, best.rung)
     return Found(
         plan=replace(plan, recipe=Recipe(steps, name=f"search-{best.choice.key}")),
         candidate=candidate,
-        files=exported_directory(lab.material.run_of(best.choice), best.rung),
+        files=lab.material.run_of(best.choice, best.rung).path / EXPORTED,
         certificate=certificates[best.number],
         record=_record(driver, lab, ladder, best),
     )
 
 
 def _files(lab: Laboratory, record: TrialRecord) -> list[Path]:
-    directory = exported_directory(lab.material.run_of(record.choice), record.rung)
+    directory = lab.material.run_of(record.choice, record.rung).path / EXPORTED
     return [path for path in directory.rglob("*") if path.is_file()]
 
 

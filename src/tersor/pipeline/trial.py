@@ -27,6 +27,8 @@ from tersor.runtimes import Loaded
 from tersor.runtimes.parity import check_parity
 from tersor.search.space import Space
 
+STAGES, EXPORTED = "stages", "exported"  # in a trial's directory
+
 
 @dataclass(frozen=True)
 class Material:
@@ -57,13 +59,26 @@ class Material:
         found: Material = cloudpickle.loads(path.read_bytes())
         return found
 
-    def run_of(self, choice: Choice) -> RunDirectory:
-        """Where a choice's stages are kept: a longer training goes on where the shorter one ended."""
-        return RunDirectory(self.directory / choice.key, {"search": self.identity, "choice": choice.key})
+    def run_of(self, choice: Choice, rung: int) -> RunDirectory:
+        """Where the stages and the model files of a trial are kept."""
+        identity = {"search": self.identity, "choice": choice.key}
+        return RunDirectory(self.directory / f"{choice.key}-{rung}", identity)
+
+    def begin(self, choice: Choice, rung: int) -> RunDirectory:
+        """A trial's directory, with what the shorter training left: the longer one goes on from there.
+
+        Each rung has a directory of its own, because at the place where one trains on another rounds.
+        """
+        run = self.run_of(choice, rung)
+        run.claim()
+        if rung:
+            for stage in sorted((self.run_of(choice, rung - 1).path / STAGES).glob("*.safetensors")):
+                _copy(stage, run.path / STAGES / stage.name)
+        return run
 
     def foundation_of(self, steps: Sequence[Step]) -> Path:
         """The stage that a super-network's training leaves."""
-        return self._foundation().path / "stages" / f"{len(steps):02d}.safetensors"
+        return self._foundation().path / STAGES / f"{len(steps):02d}.safetensors"
 
     def train_foundation(self, steps: Sequence[Step]) -> None:
         """Runs the steps that all recipes have in common."""
@@ -78,17 +93,15 @@ class Material:
         """The run's plan with the choice's recipe."""
         return replace(self.plan, recipe=Recipe(steps, name=f"search-{choice.key}"))
 
-    def candidate(self, steps: Sequence[Step], choice: Choice) -> Candidate:
+    def candidate(self, steps: Sequence[Step], choice: Choice, rung: int) -> Candidate:
         """The compressed model, from the stages that its trial left."""
-        run = self.run_of(choice)
-        run.claim()
-        return run_recipe(self.plan_for(steps, choice), run, _silent)
+        return run_recipe(self.plan_for(steps, choice), self.begin(choice, rung), _silent)
 
     def loaded(self, steps: Sequence[Step], choice: Choice, rung: int) -> Loaded:
         """How to open the model files that a finished trial left."""
-        directory, plan = exported_directory(self.run_of(choice), rung), self.plan
+        directory, plan = self.run_of(choice, rung).path / EXPORTED, self.plan
         if plan.runtime.needs_code:
-            return loaded_from(plan, self.candidate(steps, choice), directory)
+            return loaded_from(plan, self.candidate(steps, choice, rung), directory)
         return Loaded(plan.runtime, directory, plan.signature, plan.target)
 
 
@@ -124,17 +137,14 @@ class Trial:
     def __call__(self) -> Outcome:
         """Runs the trial; what it leaves is in the choice's directory."""
         shared = Material.read(self.material)
-        plan, run = shared.plan_for(self.steps, self.choice), shared.run_of(self.choice)
+        plan, run = shared.plan_for(self.steps, self.choice), shared.begin(self.choice, self.rung)
         split = plan.task.require("search", "a search")
         if plan.budget.max_drop is None:
             raise DataError("a search needs a budget with max_drop")
-        run.claim()
         if self.foundation is not None and (self.choice.skipped or self.choice.widths):
-            first = run.path / "stages" / self.foundation.name
-            if not first.exists():
-                write_whole(first, self.foundation.read_bytes())
+            _copy(self.foundation, run.path / STAGES / self.foundation.name)
         candidate = run_recipe(plan, run, _silent)
-        directory = exported_directory(run, self.rung)
+        directory = run.path / EXPORTED
         shutil.rmtree(directory, ignore_errors=True)
         with whole_directory(directory) as scratch:
             exported = export(plan, candidate, scratch)
@@ -163,9 +173,10 @@ class Foundation:
         Material.read(self.material).train_foundation(self.steps)
 
 
-def exported_directory(run: RunDirectory, rung: int) -> Path:
-    """Where a trial's model files are."""
-    return run.path / f"exported-{rung}"
+def _copy(file: Path, to: Path) -> None:
+    """Whole or not at all; what is there stays."""
+    if not to.exists():
+        write_whole(to, file.read_bytes())
 
 
 def _silent(label: str, done: int, total: int, facts: Mapping[str, float] = NO_FACTS, /) -> None:
