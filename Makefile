@@ -59,6 +59,8 @@ bench: $(VENV)/.bench ## all benchmarks; DATA points to images, texts and weight
 	$(BIN)/python benchmarks/distillation.py --data $(DATA) --out benchmarks/results/distillation.json
 	$(BIN)/python benchmarks/distillation_text.py --data $(DATA) --encoder $(ENCODER) --out benchmarks/results/distillation_text.json
 	$(BIN)/python benchmarks/pipelines.py --data $(DATA) --out benchmarks/results/pipelines.json
+	$(BIN)/python benchmarks/search_kills.py --out benchmarks/results/search_kills.json
+	$(BIN)/python benchmarks/search_resnet56.py --data $(DATA) --out benchmarks/results/search_resnet56.json
 
 clean:
 	rm -rf $(VENV) runs
