@@ -17,7 +17,8 @@ import torch
 import tersor
 from tersor.core.report import Report
 from tersor.errors import ConfigError, DataError, OutputDirectoryError, SplitTooSmallError
-from tersor.measure.ledger import NAME, read
+from tersor.measure.ladder import reachable
+from tersor.measure.ledger import NAME, ask, level_of, read
 from tersor.recipes.load import parse_recipe
 from tersor.search import Search
 
@@ -85,6 +86,22 @@ def test_a_search_asks_the_certify_split_once_and_resumes_without_trials(problem
     assert (run / "artifact" / "report.json").read_bytes() == before
     assert again.report == compared.report
     assert len(read(run.parent / NAME)) == 1
+
+
+def test_what_is_aimed_at_stays_although_the_ledger_has_grown(problem: Any, compared: tersor.Result) -> None:
+    run = compared.artifact.parent
+    kept = json.loads((run / "search" / "aim.json").read_text())
+    ledger = run.parent / NAME
+    split = read(ledger)[0]["split"]
+    before = ledger.read_bytes()
+    ask(ledger, split=split, run="another")
+    try:
+        tersor.compress(problem.model(), task_of(problem), out=run, budget=budget(), target=TARGET, recipe=FORMATS)
+        assert json.loads((run / "search" / "aim.json").read_text()) == kept
+        assert [entry["run"] for entry in read(ledger)][1:] == ["another"]  # the same question: asked no third time
+    finally:
+        ledger.write_bytes(before)
+    assert kept == pytest.approx(reachable(800, 0.03, confidence=level_of(0.95, 1)))
 
 
 @pytest.mark.parametrize(

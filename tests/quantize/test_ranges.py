@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -59,6 +59,13 @@ def test_mse_is_never_worse_than_minmax(values: np.ndarray[Any, Any], scale: flo
         return float((points.counts * ((codes - zero_point) * step - points.values).square()).sum())
 
     assert exact("mse") <= exact("minmax") * (1 + 1e-3) + 1e-30
+    for method in ("mse", "minmax"):
+        low, high = (torch.tensor([end]) for end in chosen_by(method, found, scheme))
+        step, _ = scheme.parameters(low.double(), high.double(), smallest=1e-300)
+        places = torch.cat([points.values[0][found.counts > 0], low.double()]) / step
+        assume(bool(((places - places.floor() - 0.5).abs() > 1e-4).all()))  # no ties
+    best = error(found, *chosen_by("mse", found, scheme), scheme)
+    assert best <= error(found, *chosen_by("minmax", found, scheme), scheme) * (1 + 1e-3) + 1e-30
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -37,7 +37,8 @@ def test_all_trainings_together_take_the_time(
     steps = [steps_on(rung, seconds=seconds, seconds_per_step=per_step, **shape) for rung in range(RUNGS)]
     counts = [trials_on(rung, **shape) for rung in range(RUNGS)]
     total = sum(count * step for count, step in zip(counts, steps, strict=True)) * per_step
-    assert total <= seconds + sum(counts) * per_step  # at least a step each
+    rounded_up = sum(count for count, step in zip(counts, steps, strict=True) if step == 1)  # a step is the least
+    assert total <= seconds * (1 + 1e-9) + rounded_up * per_step
     assert steps == sorted(steps)
 
 

@@ -1,6 +1,7 @@
 """Functions in processes of their own: every way to end has its status, and nothing is left behind."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -84,6 +85,13 @@ def test_an_exception_is_told_with_its_line(log: Path) -> None:
     assert 'raise ValueError("expected 3 channels, got 4")' in ended.reason
     assert ended.value is None
     assert "Traceback" in log.read_text()
+
+
+def test_an_exception_of_an_imported_module_is_told_with_its_file(log: Path) -> None:
+    ended = run(lambda: json.loads("{"), log)
+    assert ended.status == "failed"
+    assert ended.reason.startswith("json.decoder.JSONDecodeError: ")
+    assert "(decoder.py, line " in ended.reason
 
 
 def test_numbers_that_are_not_finite_have_a_status_of_their_own(log: Path) -> None:

@@ -7,6 +7,7 @@ report split sees the winner alone.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from tersor.core.candidate import Candidate
 from tersor.core.certificate import Certificate
 from tersor.core.context import Progress
+from tersor.core.files import write_whole
 from tersor.core.recipe import Recipe
 from tersor.core.search import Ladder, SearchRecord, TrialRecord
 from tersor.errors import ConfigError, CoverageError, SplitTooSmallError
@@ -89,8 +91,8 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
     settings = plan.search
     if settings is None or plan.budget.max_drop is None:
         raise ConfigError("a search needs Budget(max_drop=...): the fastest model inside no budget is an empty one")
-    aim = _aim(plan, plan.budget.max_drop, run.path.absolute().parent / NAME)
     directory = run.path / SEARCH
+    aim = _kept_aim(plan, plan.budget.max_drop, run.path.absolute().parent / NAME, directory / "aim.json")
     with lock(directory), tempfile.TemporaryDirectory(prefix="tersor-search-") as scratch:
         private = Path(scratch)
         remove_scratch(directory / "trials")  # what a search that was killed left beside the logs
@@ -117,6 +119,13 @@ def searched(plan: Plan, run: RunDirectory, progress: Progress) -> Found:
             driver = Driver(space, settings, aim, lab, plan.seed)
             driver.run()
             return _ended(driver, lab, run, progress)
+
+
+def _kept_aim(plan: Plan, max_drop: float, ledger: Path, kept: Path) -> float:
+    """The aim of the first call: the ledger grows, by this search's own question too, and choices follow from it."""
+    if not kept.exists():
+        write_whole(kept, json.dumps(_aim(plan, max_drop, ledger)).encode())
+    return float(json.loads(kept.read_text()))
 
 
 def _aim(plan: Plan, max_drop: float, ledger: Path) -> float:
