@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,9 +81,9 @@ def test_an_exception_is_told_with_its_line(log: Path) -> None:
 
     ended = run(function, log)
     assert ended.status == "failed"
-    assert ended.reason.startswith("ValueError: expected 3 channels, got 4 (")
-    assert ", line " in ended.reason  # what file it was is lost where cloudpickle sends a function's code
-    assert 'raise ValueError("expected 3 channels, got 4")' in ended.reason
+    # Some versions of cloudpickle send a function without its file: then its name stands where the text was.
+    text = r'(raise ValueError\("expected 3 channels, got 4"\)|function)'
+    assert re.fullmatch(rf"ValueError: expected 3 channels, got 4 \(\S+, line \d+: {text}\)", ended.reason)
     assert ended.value is None
     assert "Traceback" in log.read_text()
 
@@ -91,7 +92,7 @@ def test_an_exception_of_an_imported_module_is_told_with_its_file(log: Path) -> 
     ended = run(lambda: json.loads("{"), log)
     assert ended.status == "failed"
     assert ended.reason.startswith("json.decoder.JSONDecodeError: ")
-    assert "(decoder.py, line " in ended.reason
+    assert re.search(r"\(decoder\.py, line \d+: obj, end = .+\)$", ended.reason)
 
 
 def test_numbers_that_are_not_finite_have_a_status_of_their_own(log: Path) -> None:
